@@ -1,0 +1,37 @@
+# Two commands do all the set-up on a fresh machine: `make demo` and `make test`. The rest is for developers.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check -q
+SOURCES := $(wildcard csrc/*.* csrc/cpu/*.*) setup.py
+
+.PHONY: demo test bench-demo install clean
+
+demo: install  ## the whole flow on real handwritten digits, into runs/demo
+	$(BIN)/bnfuse demo
+
+test: install  ## every test
+	$(BIN)/python -m pytest
+
+bench-demo: install  ## the rate of the demo's synthesis with the compiled kernels over the eager reference
+	$(BIN)/python benchmarks/synthesis_rate.py
+
+install: $(VENV)/.built
+
+$(VENV)/.dependencies: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "bnfuse needs Python 3.10 or newer, " + sys.executable + " is " + sys.version.split()[0] + "; run make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import venv, ensurepip' || { echo "this Python cannot make virtual environments; on Debian: apt install python3-venv"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { echo "bnfuse needs a C++17 compiler; on Debian: apt install g++"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(PIP) install -c constraints.txt setuptools wheel numpy pillow safetensors tqdm scikit-learn \
+		torchvision timm pytest hypothesis expecttest pytest-timeout
+	touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
+	$(PIP) install --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:  ## removes what the build made; `rm -rf .venv runs` removes the rest
+	rm -rf build bnfuse.egg-info bnfuse/_C*.so

@@ -1,0 +1,43 @@
+"""bnfuse: turns a private image dataset into a synthetic one that can be published in its place.
+
+record → synthesize → train, each a function here and a subcommand of the command line; `fuse` and `Matcher` are the parts
+that a loop of one's own needs.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("bnfuse")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+uninstalled"
+
+from .datasets import load_dataset
+from .errors import BackendError, BnfuseError, InputError
+from .fusion import fuse
+from .matching import Matcher, group_by_class
+from .models import Teacher, freeze, load_teacher
+from .preprocessing import Preprocessing
+from .statistics import ClassStatistics, record
+from .synthesis import SynthesisConfig, synthesize
+from .training import TrainConfig, evaluate, train
+
+__all__ = [
+    "BackendError",
+    "BnfuseError",
+    "ClassStatistics",
+    "InputError",
+    "Matcher",
+    "Preprocessing",
+    "SynthesisConfig",
+    "Teacher",
+    "TrainConfig",
+    "evaluate",
+    "freeze",
+    "fuse",
+    "group_by_class",
+    "load_dataset",
+    "load_teacher",
+    "record",
+    "synthesize",
+    "train",
+]

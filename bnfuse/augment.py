@@ -1,0 +1,82 @@
+"""Random views of the images being optimised: crop, shift, flip. What is drawn is kept apart from applying it, so that the
+same views can be shown again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class View:
+    """One draw for a batch of N images.
+
+    Attributes
+    ----------
+    crop : (top, left, height, width) of the box that is resized to the full image, or None
+    shift : (rows, columns) by which the images roll around
+    flip : bool [N], the images mirrored left to right, or None
+    """
+
+    crop: tuple[int, int, int, int] | None
+    shift: tuple[int, int]
+    flip: Tensor | None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[N, C, H, W] → the view, the same shape; differentiable."""
+        if self.crop is not None:
+            top, left, height, width = self.crop
+            images = F.interpolate(
+                images[:, :, top : top + height, left : left + width],
+                images.shape[2:],
+                mode="bilinear",
+                align_corners=False,
+            )
+        if self.flip is not None:
+            images = torch.where(self.flip[:, None, None, None], images.flip(3), images)
+        return images.roll(self.shift, dims=(2, 3)) if any(self.shift) else images
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How views are drawn. Crop and shift are drawn once a batch, the flip for each image.
+
+    Parameters
+    ----------
+    jitter : largest shift in pixels, up, down, left and right (DeepInversion)
+    flip : mirror each image with probability ½
+    crop_scale : least share of the area that a random resized crop keeps (SRe2L); 1 crops nothing
+    """
+
+    jitter: int = 0
+    flip: bool = False
+    crop_scale: float = 1.0
+
+    def __post_init__(self):
+        if self.jitter < 0 or not 0 < self.crop_scale <= 1:
+            raise InputError(f"jitter must be ≥ 0 and crop_scale in (0, 1], got {self.jitter} and {self.crop_scale}")
+
+    def draw(self, images: Tensor, generator: torch.Generator) -> View:
+        """Draws a view of `images` [N, C, H, W] with a CPU generator."""
+        n, _, height, width = images.shape
+        crop = self._draw_crop(height, width, generator) if self.crop_scale < 1 else None
+        shift = (0, 0)
+        if self.jitter:
+            shift = tuple(torch.randint(-self.jitter, self.jitter + 1, (2,), generator=generator).tolist())
+        flip = torch.rand(n, generator=generator) < 0.5 if self.flip else None
+        return View(crop, shift, None if flip is None else flip.to(images.device))
+
+    def _draw_crop(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+        """A box of area in [crop_scale, 1] and aspect ratio in [3/4, 4/3] (Szegedy et al. 2015), cut to the image."""
+        area, ratio, down, across = torch.rand(4, generator=generator).tolist()
+        area = height * width * (self.crop_scale + (1 - self.crop_scale) * area)
+        ratio = math.exp((2 * ratio - 1) * math.log(4 / 3))
+        box_height = min(height, max(1, round(math.sqrt(area / ratio))))
+        box_width = min(width, max(1, round(math.sqrt(area * ratio))))
+        return round(down * (height - box_height)), round(across * (width - box_width)), box_height, box_width

@@ -1,0 +1,280 @@
+"""The command line: one subcommand for every function of the public API, under the same name."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+
+from . import __version__
+from .backends import BACKENDS
+from .configs import add_flags, from_flags
+from .datasets import SPEC_GRAMMAR as DATASET_GRAMMAR
+from .datasets import load_dataset
+from .demo import run_demo
+from .doctor import report
+from .errors import BnfuseError, InputError
+from .models import SPEC_GRAMMAR, Teacher, load_teacher
+from .preprocessing import Preprocessing
+from .statistics import MINIMUM_IMAGES, ClassStatistics, record
+from .synthesis import SynthesisConfig, recognised, synthesize
+from .training import TrainConfig, train
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a subcommand. Returns the exit status: 0, 2 for an error the user can mend, 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    warnings.showwarning = lambda message, *_: print(f"bnfuse: note: {message}", file=sys.stderr)
+    try:
+        args.run(args)
+    except BnfuseError as error:
+        print(f"bnfuse: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a missing permission: files are written whole or not at all, so nothing is torn
+        print(f"bnfuse: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bnfuse: stopped; the same command goes on with what is not done yet", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bnfuse",
+        description="Turns a private image dataset into a synthetic one that can be published in its place.",
+    )
+    parser.add_argument("--version", action="version", version=f"bnfuse {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_train, _add_record, _add_synthesize, _add_demo, _add_doctor):
+        add(commands)
+    return parser
+
+
+def _command(commands, name: str, run, help: str, epilog: str = "") -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=help, description=help, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+# ---- bnfuse train ----
+
+
+def _add_train(commands) -> None:
+    parser = _command(
+        commands,
+        "train",
+        _train,
+        "Train a network from scratch, a teacher on private images or a student on synthetic ones, and test it.",
+        f"{DATASET_GRAMMAR}\n{SPEC_GRAMMAR}",
+    )
+    parser.add_argument("--data", required=True, metavar="DATASET", help="the images to train on")
+    parser.add_argument("--test", metavar="DATASET", help="real images of the same classes to test on")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for model.safetensors and metrics.json")
+    parser.add_argument("--soft-labels", action="store_true", help="learn the stored logits instead of the labels")
+    parser.add_argument("--limit-per-class", type=int, metavar="N", help="use only the first N images of each class")
+    _add_image_flags(parser)
+    _add_device(parser)
+    add_flags(parser, TrainConfig)
+
+
+def _train(args) -> None:
+    config = from_flags(TrainConfig, args)
+    data = _load_data(args)
+    if args.limit_per_class is not None:
+        data = data.first_per_class(args.limit_per_class)
+    test = (
+        None
+        if args.test is None
+        else load_dataset(args.test, image_size=_size(args), channels=_channels(args), download=args.download)
+    )
+    result = train(
+        data,
+        config,
+        test=test,
+        preprocessing=_preprocessing(args),
+        soft_labels=args.soft_labels,
+        out=args.out,
+        device=args.device,
+    )
+    print(
+        f"trained {config.model} on {len(data)} images in {result.seconds:.0f} s: "
+        f"{result.train_accuracy:.1%} of them classified as labelled"
+    )
+    if result.accuracy is not None:
+        print(f"accuracy on {args.test}: {result.accuracy:.1%}")
+    print(f"wrote {args.out / 'model.safetensors'} and {args.out / 'metrics.json'}")
+
+
+# ---- bnfuse record ----
+
+
+def _add_record(commands) -> None:
+    parser = _command(
+        commands,
+        "record",
+        _record,
+        "Record the class-wise BatchNorm statistics of private images, in one pass.",
+        f"{DATASET_GRAMMAR}\n{SPEC_GRAMMAR}",
+    )
+    _add_teacher(parser)
+    parser.add_argument("--data", required=True, metavar="DATASET", help="the private images, each seen once")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the statistics, .safetensors")
+    parser.add_argument(
+        "--outputs",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="the teacher's output for each class of the dataset, where the teacher knows more classes",
+    )
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images a pass (default 128)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
+    parser.add_argument(
+        "--minimum-images",
+        type=int,
+        default=MINIMUM_IMAGES,
+        metavar="N",
+        help=f"refuse a class with fewer images (default {MINIMUM_IMAGES})",
+    )
+    parser.add_argument("--allow-few-images", action="store_true", help="record it nevertheless: its images may show")
+    _add_device(parser)
+
+
+def _record(args) -> None:
+    teacher = _load_teacher(args)
+    data = load_dataset(
+        args.data,
+        image_size=teacher.preprocessing.image_size,
+        channels=teacher.preprocessing.channels,
+        download=args.download,
+    )
+    loader = DataLoader(data, batch_size=args.batch_size, num_workers=args.workers)
+    statistics = record(
+        teacher,
+        loader,
+        data.num_classes,
+        class_names=data.class_names,
+        outputs=args.outputs,
+        dataset=data.name,
+        minimum_images=args.minimum_images,
+        allow_few_images=args.allow_few_images,
+        progress=True,
+    )
+    statistics.save(args.out)
+    print(
+        f"recorded {int(statistics.images.sum())} images of {statistics.num_classes} classes at {len(statistics.sites)} "
+        f"BatchNorm layers ({sum(statistics.site_channels.values())} channels): {args.out}"
+    )
+
+
+# ---- bnfuse synthesize ----
+
+
+def _add_synthesize(commands) -> None:
+    parser = _command(
+        commands,
+        "synthesize",
+        _synthesize,
+        "Make a synthetic dataset from noise. Stopped and started again, it continues.",
+        SPEC_GRAMMAR,
+    )
+    _add_teacher(parser)
+    parser.add_argument("--statistics", type=Path, metavar="FILE", help="what `bnfuse record` wrote")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the dataset")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="which kernels run (default auto)")
+    _add_device(parser)
+    add_flags(parser, SynthesisConfig)
+
+
+def _synthesize(args) -> None:
+    config = from_flags(SynthesisConfig, args)
+    teacher = _load_teacher(args)
+    statistics = None if args.statistics is None else ClassStatistics.load(args.statistics)
+    result = synthesize(teacher, statistics, args.out, config, device=args.device, backend=args.backend)
+    rate = f" in {result.seconds:.0f} s" if result.made else ", which were there already"
+    print(f"{result.images} images, {result.made} made now{rate}: {result.out / 'images'}")
+    print(f"the teacher takes {recognised(teacher, statistics, result.out, config):.1%} of them for what was asked")
+    print(f"look at {result.out / 'contact_sheet.png'}; train on it with `bnfuse train --data {result.out}`")
+
+
+# ---- bnfuse demo, bnfuse doctor ----
+
+
+def _add_demo(commands) -> None:
+    parser = _command(
+        commands,
+        "demo",
+        lambda args: run_demo(args.out, seed=args.seed),
+        "The whole flow on scikit-learn's handwritten digits: teacher, statistics, synthesis, students, pictures.",
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder (default runs/demo)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
+
+
+def _add_doctor(commands) -> None:
+    _command(
+        commands,
+        "doctor",
+        lambda args: print(report()),
+        "Print versions, backends with the reason why one is missing, threads and instruction sets.",
+    )
+
+
+# ---- flags that several subcommands share ----
+
+
+def _add_teacher(parser) -> None:
+    parser.add_argument("--teacher", required=True, metavar="MODEL", help="the pretrained network, see below")
+    parser.add_argument("--weights", metavar="FILE|NAME", help="its weights, see below")
+    parser.add_argument("--num-classes", type=int, metavar="K", help="its outputs, where the weights do not tell")
+    _add_image_flags(parser)
+
+
+def _add_image_flags(parser) -> None:
+    parser.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS", help="height and width, or one number for both")
+    parser.add_argument("--mean", type=float, nargs="+", metavar="M", help="of the pixels in [0, 1], one a channel")
+    parser.add_argument("--std", type=float, nargs="+", metavar="S", help="of the pixels in [0, 1], one a channel")
+    parser.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 if it is not there")
+
+
+def _add_device(parser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default cuda where there is one)")
+
+
+def _size(args) -> tuple[int, int] | None:
+    if args.image_size is None:
+        return None
+    if len(args.image_size) > 2:
+        raise InputError(f"--image-size takes one or two numbers, got {args.image_size}")
+    return args.image_size[0], args.image_size[-1]
+
+
+def _channels(args) -> int | None:
+    return None if args.mean is None else len(args.mean)
+
+
+def _preprocessing(args) -> Preprocessing | None:
+    given = {"--image-size": args.image_size, "--mean": args.mean, "--std": args.std}
+    if all(value is None for value in given.values()):
+        return None
+    if missing := [flag for flag, value in given.items() if value is None]:
+        if missing == ["--mean", "--std"]:
+            return None  # the size alone resizes images; mean and std are the network's or the dataset's own
+        raise InputError(f"--image-size, --mean and --std go together; {', '.join(missing)} is missing")
+    return Preprocessing(_size(args), tuple(args.mean), tuple(args.std))
+
+
+def _load_data(args):
+    return load_dataset(args.data, image_size=_size(args), channels=_channels(args), download=args.download)
+
+
+def _load_teacher(args) -> Teacher:
+    teacher = load_teacher(args.teacher, weights=args.weights, num_classes=args.num_classes, preprocessing=_preprocessing(args))
+    if args.device:
+        teacher.model.to(args.device)
+    return teacher

@@ -1,0 +1,57 @@
+"""Configs as command-line flags: each field of a config dataclass is a flag under its own name, helped by its docstring."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import types
+import typing
+from typing import TypeVar
+
+Config = TypeVar("Config")
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type[Config], *, skip: tuple[str, ...] = ()) -> None:
+    """Adds a flag for every field: ``images_per_class`` becomes ``--images-per-class``, with its default and its doc line."""
+    kinds, texts = typing.get_type_hints(config), _attribute_texts(config)
+    for field in dataclasses.fields(config):
+        if field.name in skip:
+            continue
+        kind, options = (
+            kinds[field.name],
+            {"help": f"{texts[field.name]} (default {_shown(field.default)})".replace("%", "%%")},
+        )
+        if isinstance(kind, types.UnionType):
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is tuple:
+            element, *rest = typing.get_args(kind)
+            options |= {
+                "type": element,
+                "nargs": "+" if rest == [...] else 1 + len(rest),
+                "metavar": field.name[0].upper(),
+            }
+        else:
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
+
+
+def from_flags(config: type[Config], args: argparse.Namespace, **more) -> Config:
+    """The config that the parsed flags say; `more` for the fields without a flag."""
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(config) if hasattr(args, field.name)}
+    return config(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()} | more)
+
+
+def _attribute_texts(config: type) -> dict[str, str]:
+    """The lines ``name, name : text`` under "Attributes" in a NumPy-style docstring, by name."""
+    section = re.search(r"Attributes\n\s*-+\n(.*?)(?:\n\s*\n|\Z)", config.__doc__, re.DOTALL)[1]
+    texts: dict[str, str] = {}
+    for names, text in re.findall(r"^    (\w[\w, ]*?) : (.*(?:\n        .*)*)", section, re.MULTILINE):
+        texts |= {name: re.sub(r"\s+", " ", text) for name in names.split(", ")}
+    return texts
+
+
+def _shown(default) -> str:
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)

@@ -1,0 +1,63 @@
+"""One file on disk, whole or not at all: written beside its place, flushed, then renamed into it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_atomically(path: str | os.PathLike, content: bytes, *, sync_folder: bool = True) -> None:
+    """Write `content` to `path`, see `atomic_path`."""
+    with atomic_path(path, sync_folder=sync_folder) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike, *, sync_folder: bool = True) -> Iterator[Path]:
+    """The path of a temporary file, which takes the place of `path` once the block has written it.
+
+    At every moment `path` is what it was or is whole, even if the machine stops. If anything fails, it is what it was
+    and the temporary file is gone; only a killed process leaves one, see `is_temporary`.
+
+    Parameters
+    ----------
+    path : the file; its folder is made if need be
+    sync_folder : False leaves it to the caller to `sync` the folder, once for many files, before he relies on them
+
+    Raises
+    ------
+    OSError
+        The disk refuses. It names `path` or its folder, never the temporary file.
+    """
+    path = Path(path)
+    # The process is part of the name, so that two that write the same file do not write into each other's.
+    temporary = path.with_name(f".{os.getpid()}-{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    if sync_folder:
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file is called like what a process killed in `atomic_path` leaves."""
+    return re.fullmatch(r"\..+\.(png|safetensors|json)\.tmp", path.name) is not None

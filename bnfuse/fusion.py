@@ -1,0 +1,367 @@
+"""Rewrites a frozen network so that each BatchNorm (+ residual) (+ activation) becomes one fused site that yields moments.
+
+`fuse(model)` traces the network with torch.fx and folds the chains it finds; where tracing fails it replaces the BatchNorm
+modules alone. Weights are shared with the original, which stays as it was. Not for training: BatchNorm is applied with its
+running statistics.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import backends, ops, reference
+from .models import check_teacher
+
+Moments = dict[str, tuple[Tensor, Tensor]]  # site name → mean [G, C], var [G, C], in the order the sites ran
+
+
+class FusedModel(nn.Module):
+    """A frozen network that returns its logits together with the moments of every BatchNorm input.
+
+    Attributes
+    ----------
+    traced : whether chains were fused, or (False) only the BatchNorm modules were replaced
+    site_names : the BatchNorm layers that the network has (traced: those that it runs), by module name
+    """
+
+    def __init__(self, body: nn.Module, tape: _Tape, sites: dict[str, _Site], traced: bool):
+        super().__init__()
+        self.body, self._tape, self.traced = body, tape, traced
+        self.site_names = list(sites)
+
+    def forward(self, images: Tensor, group_starts: Tensor | None = None) -> tuple[Tensor, Moments]:
+        """Runs the network once.
+
+        Parameters
+        ----------
+        images : [N, C, H, W], normalised as the network expects
+        group_starts : int64 [G + 1] on the images' device; default the whole batch as one group
+
+        Returns
+        -------
+        logits : what the network returns, [N, K]
+        moments : for each site that ran its input's mean and biased variance, [G, C] each, in the order they ran. A layer
+            that runs several times in one pass appears as ``name``, ``name#2``, …
+        """
+        self._tape.start(group_starts)
+        logits = self.body(images)
+        return logits, self._tape.finish()
+
+    def describe(self) -> str:
+        """One line a site: its name, and what was folded into it."""
+        sites = [m for m in self.body.modules() if isinstance(m, _Site)]
+        how = "traced" if self.traced else "BatchNorm modules alone, the network could not be traced"
+        return "\n".join([f"{len(sites)} fused sites ({how})", *(f"  {site.site_name}: {site.extra_repr()}" for site in sites)])
+
+
+def fuse(model: nn.Module, *, backend: str = "auto", trace: bool = True) -> FusedModel:
+    """Fuses a frozen network's BatchNorm layers with what follows them.
+
+    Parameters
+    ----------
+    model : a network in eval mode without trainable parameters, see `bnfuse.freeze`; it shares its weights with the result
+    backend : which kernels run, see `bnfuse.backends`
+    trace : False replaces the BatchNorm modules alone, as happens by itself (with a warning) where torch.fx fails
+
+    Raises
+    ------
+    InputError : the network is not fit to be a teacher, see `models.check_teacher`
+    """
+    backends.check_name(backend)
+    check_teacher(model)
+    tape = _Tape()
+    if trace:
+        try:
+            return _fuse_traced(model, tape, backend)
+        except Exception as error:  # torch.fx reports a network it cannot follow with whatever that network raised
+            reason = str(error).splitlines()[0] if str(error) else ""
+            warnings.warn(
+                f"{type(model).__name__} cannot be traced ({type(error).__name__}: {reason}); fusing its BatchNorm "
+                "modules alone, activations and additions stay separate",
+                stacklevel=2,
+            )
+    return _fuse_modules(model, tape, backend)
+
+
+# ---- the sites ----
+
+
+class _Tape:
+    """Hands the groups to the sites of one forward pass and collects their moments."""
+
+    def __init__(self):
+        self.group_starts: Tensor | None = None
+        self.moments: Moments = {}
+
+    def start(self, group_starts: Tensor | None) -> None:
+        self.group_starts, self.moments = group_starts, {}
+
+    def record(self, name: str, mean: Tensor, var: Tensor) -> None:
+        self.moments[call_name(name, self.moments)] = (mean, var)
+
+    def finish(self) -> Moments:
+        moments, self.moments = self.moments, {}  # the tape must not keep the graph alive
+        return moments
+
+
+def call_name(name: str, taken) -> str:
+    """`name` for a layer's first call in a pass, then ``name#2``, ``name#3``, …"""
+    if name not in taken:
+        return name
+    k = 2
+    while f"{name}#{k}" in taken:
+        k += 1
+    return f"{name}#{k}"
+
+
+class _Site(nn.Module):
+    """What fused and observed sites share: their name, the tape, the backend."""
+
+    def __init__(self, name: str, tape: _Tape, backend: str):
+        super().__init__()
+        self.site_name, self.tape, self.backend = name, tape, backend
+
+    def extra_repr(self) -> str:
+        return "moments only"
+
+
+class FusedBatchNorm(_Site):
+    """``act(BatchNorm(x) (+ residual))`` with the BatchNorm's running statistics, as one operator."""
+
+    def __init__(self, batchnorm: _BatchNorm, name: str, tape: _Tape, backend: str, act: Activation, has_residual: bool):
+        super().__init__(name, tape, backend)
+        self.act, self.has_residual = act, has_residual
+        scale = (batchnorm.running_var.double() + batchnorm.eps).rsqrt()  # [C]
+        if batchnorm.weight is not None:
+            scale = scale * batchnorm.weight.double()
+        shift = -batchnorm.running_mean.double() * scale
+        if batchnorm.bias is not None:
+            shift = shift + batchnorm.bias.double()
+        dtype = reference.moment_dtype(batchnorm.running_mean.dtype)
+        self.register_buffer("scale", scale.detach().to(dtype))
+        self.register_buffer("shift", shift.detach().to(dtype))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [N, C, *spatial], residual like x → the same shape."""
+        dtype = reference.moment_dtype(x.dtype)
+        # A residual that broadcasts, or that autocast left in another dtype, is added outside.
+        fits = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
+        y, mean, var = ops.bn_act(
+            x,
+            self.scale.to(dtype),
+            self.shift.to(dtype),
+            group_starts=self.tape.group_starts,
+            residual=residual if fits else None,
+            act=self.act.name if fits else "identity",
+            slope=self.act.slope,
+            backend=self.backend,
+        )
+        self.tape.record(self.site_name, mean, var)
+        return y if fits else reference.activation(y + residual, self.act.name, self.act.slope)
+
+    def extra_repr(self) -> str:
+        parts = [
+            "BN",
+            *(["add"] if self.has_residual else []),
+            *([self.act.name] if self.act.name != "identity" else []),
+        ]
+        return " + ".join(parts)
+
+
+class ObservedBatchNorm(_Site):
+    """A BatchNorm subclass whose forward is its own: it runs unchanged, its input's moments are taken beside it."""
+
+    def __init__(self, batchnorm: _BatchNorm, name: str, tape: _Tape, backend: str):
+        super().__init__(name, tape, backend)
+        self.batchnorm = batchnorm
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.tape.record(self.site_name, *ops.group_moments(x, self.tape.group_starts, backend=self.backend))
+        return self.batchnorm(x)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One of `reference.ACTIVATIONS`, with leaky ReLU's slope."""
+
+    name: str = "identity"
+    slope: float = 0.01
+
+
+_ACTIVATION_MODULES = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.LeakyReLU: "leaky_relu",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+    nn.Identity: "identity",
+}
+_ACTIVATION_FUNCTIONS = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu_: "relu",
+    F.relu6: "relu6",
+    F.leaky_relu: "leaky_relu",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+}
+_ACTIVATION_METHODS = {"relu": "relu", "relu_": "relu"}
+
+
+def _activation_of_module(module: nn.Module) -> Activation | None:
+    name = _ACTIVATION_MODULES.get(type(module))
+    return Activation(name, getattr(module, "negative_slope", 0.01)) if name else None
+
+
+def _is_plain(batchnorm: _BatchNorm) -> bool:
+    return type(batchnorm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def _site(
+    batchnorm: _BatchNorm,
+    name: str,
+    tape: _Tape,
+    backend: str,
+    following: Activation = Activation(),
+    has_residual: bool = False,
+) -> _Site:
+    """The module that takes a BatchNorm's place, with what could be folded into it."""
+    if _is_plain(batchnorm):
+        return FusedBatchNorm(batchnorm, name, tape, backend, following, has_residual)
+    own = _own_activation(batchnorm)
+    return (
+        ObservedBatchNorm(batchnorm, name, tape, backend)
+        if own is None
+        else FusedBatchNorm(batchnorm, name, tape, backend, own, False)
+    )
+
+
+def _own_activation(batchnorm: _BatchNorm) -> Activation | None:
+    """timm's BatchNormAct2d is BatchNorm, dropout, activation in one module; None for any other subclass."""
+    if type(batchnorm).__name__ != "BatchNormAct2d" or not isinstance(getattr(batchnorm, "drop", None), nn.Identity):
+        return None
+    return _activation_of_module(batchnorm.act)
+
+
+# ---- tracing and rewriting ----
+
+
+class _Tracer(torch.fx.Tracer):
+    """BatchNorm layers stay whole, also those whose class comes from outside torch.nn."""
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return isinstance(module, _BatchNorm) or super().is_leaf_module(module, qualified_name)
+
+
+def _fuse_traced(model: nn.Module, tape: _Tape, backend: str) -> FusedModel:
+    graph = _Tracer().trace(model)
+    body = torch.fx.GraphModule(model, graph)
+    modules = dict(model.named_modules())
+    for node in list(graph.nodes):  # what does nothing in eval mode would only hide the chains
+        if node.op == "call_module" and isinstance(modules[node.target], (nn.Identity, nn.Dropout, nn.Dropout2d)):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    sites: dict[str, _Site] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_module" and isinstance(modules[node.target], _BatchNorm):
+            name = call_name(node.target, sites)
+            sites[name] = _fold(graph, body, modules, node, f"site_{len(sites)}", name, tape, backend)
+    body.delete_all_unused_submodules()
+    graph.lint()
+    body.recompile()
+    body.eval()
+    return FusedModel(body, tape, sites, traced=True)
+
+
+def _fold(
+    graph: torch.fx.Graph,
+    body: torch.fx.GraphModule,
+    modules: dict[str, nn.Module],
+    node: torch.fx.Node,
+    attribute: str,
+    name: str,
+    tape: _Tape,
+    backend: str,
+) -> _Site:
+    """Replaces a BatchNorm node, and the addition and activation that alone use it, by one site."""
+    batchnorm, last, residual, act = modules[node.target], node, None, Activation()
+    if _is_plain(batchnorm):
+        add = _only_user(last)
+        if add is not None and (other := _other_operand(add, last)) is not None:
+            last, residual = add, other
+        user = _only_user(last)
+        if user is not None and (found := _activation_of_node(user, modules)) is not None:
+            last, act = user, found
+    site = _site(batchnorm, name.split("#")[0], tape, backend, act, residual is not None)
+    body.add_submodule(attribute, site)
+    with graph.inserting_before(last):  # here the residual has been computed too
+        fused = graph.call_module(attribute, (node.args[0],) if residual is None else (node.args[0], residual))
+    last.replace_all_uses_with(fused)
+    while last is not node:  # from the activation back to the BatchNorm
+        previous = next(a for a in last.args if isinstance(a, torch.fx.Node) and a is not residual)
+        graph.erase_node(last)
+        last = previous
+    graph.erase_node(node)
+    return site
+
+
+def _only_user(node: torch.fx.Node) -> torch.fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _other_operand(add: torch.fx.Node, operand: torch.fx.Node) -> torch.fx.Node | None:
+    """The tensor that `add` adds to `operand`; None if the node is no such addition."""
+    in_place = add.target in (operator.iadd, "add_")
+    is_add = (
+        add.op == "call_function"
+        and add.target in (operator.add, operator.iadd, torch.add)
+        or add.op == "call_method"
+        and add.target in ("add", "add_")
+    )
+    if not is_add or add.kwargs or len(add.args) != 2:
+        return None
+    left, right = add.args
+    if left is right or not all(isinstance(a, torch.fx.Node) for a in add.args):
+        return None
+    if left is operand:
+        return right
+    return None if in_place else left  # `residual += y` changes the residual itself: leave it alone
+
+
+def _activation_of_node(node: torch.fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
+    if node.op == "call_module":
+        return _activation_of_module(modules[node.target]) if node.target in modules else None
+    if node.op == "call_method":
+        name = _ACTIVATION_METHODS.get(node.target)
+    else:
+        name = _ACTIVATION_FUNCTIONS.get(node.target) if node.op == "call_function" else None
+    if name is None:
+        return None
+    slope = node.kwargs.get("negative_slope", node.args[1] if name == "leaky_relu" and len(node.args) > 1 else 0.01)
+    return Activation(name, slope)
+
+
+def _fuse_modules(model: nn.Module, tape: _Tape, backend: str) -> FusedModel:
+    """A copy of the network, weights shared, with every BatchNorm module replaced by a site."""
+    shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    body = copy.deepcopy(model, memo=shared)
+    sites: dict[str, _Site] = {}
+    replaced: dict[_BatchNorm, _Site] = {}  # one layer may be registered under several names
+    for name, module in list(body.named_modules(remove_duplicate=False)):
+        if isinstance(module, _BatchNorm):
+            if module not in replaced:
+                replaced[module] = sites[name] = _site(module, name, tape, backend)
+            parent, _, attribute = name.rpartition(".")
+            setattr(body.get_submodule(parent), attribute, replaced[module])
+    body.eval()
+    return FusedModel(body, tape, sites, traced=False)

@@ -1,0 +1,402 @@
+"""A synthetic dataset being written: files appear whole or not at all, and a killed run continues where it stopped.
+
+Work comes in *units*, one optimised batch each. A unit counts once its lines are in the manifest, which is the last
+step of its commit; whatever a killed process left of an uncommitted unit is removed when the store is opened again.
+Nothing in a store depends on the time or on the process, so a run that was killed and resumed ends with the same bytes
+as one that never was.
+
+What the files are and how they are read is in `manifest`; what is in the images is for `synthesis` to decide.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import io
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .card import CARD, card_bytes, identity, read_card, refuse_other_identity
+from .errors import InputError
+from .files import is_temporary, sync, write_atomically
+from .manifest import (
+    IMAGES,
+    MANIFEST,
+    SOFT_LABELS,
+    Entry,
+    StoreContents,
+    class_counts,
+    class_folder,
+    files_in,
+    image_file,
+    image_id,
+    is_store,
+    read_manifest,
+    read_store,
+    refuse_missing_files,
+    soft_label_file,
+    some,
+    verify,
+)
+
+# with what a user of stores needs for reading them
+__all__ = ["ImageRecord", "Store", "StoreContents", "is_store", "read_store", "verify"]
+
+_LOCKS_UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """What is recorded of one synthetic image.
+
+    Attributes
+    ----------
+    class_index : position of its class in the store's class names
+    index : number of the image within its class, from 0
+    seed : of the noise that it was made from
+    losses : the terms of the objective at its last step
+    """
+
+    class_index: int
+    index: int
+    seed: int
+    losses: dict[str, float]
+
+
+class Store:
+    """A synthetic dataset that is being written. Made by `Store.open`, to be closed, best by a `with` block.
+
+    One process writes to a store; under torchrun the others send it their images.
+
+    Attributes
+    ----------
+    root : Path
+    card : dict, what card.json holds
+    class_names : list of str
+    done : set of int, the numbers of the units that are wholly committed
+    counts : list of int, the committed images of each class
+    """
+
+    @classmethod
+    def open(cls, root: str | Path, *, card: dict, class_names: Sequence[str], counts: Sequence[int] | None = None) -> Store:
+        """Create the store `root`, or resume it where it was begun with the same card.
+
+        Parameters
+        ----------
+        root : the folder; it is made if need be
+        card : what the dataset is made from (configuration, provenance of teacher and statistics), in JSON's types.
+            Together with the class names, the counts and the versions of bnfuse and torch it is the store's identity.
+        class_names : one name a class; any text, also the same twice
+        counts : images of each class that the finished dataset shall have, if known; `finish` holds it to them
+
+        Raises
+        ------
+        InputError
+            The folder holds something else, or a dataset with another card; another process is writing to it; its
+            manifest is damaged; it cannot be written to.
+        """
+        root = Path(root).expanduser()
+        given = identity(card, class_names, counts)
+        with _writing(root, "Nothing that was there before is lost."):
+            existed = root.is_dir()
+            if existed:
+                _refuse_foreign_folder(root)
+            root.mkdir(parents=True, exist_ok=True)
+            # The manifest is held open and locked for as long as the store is: no lock file is left behind.
+            manifest = os.open(root / MANIFEST, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            _lock(manifest, root)
+            with _writing(root, "Nothing that was there before is lost."):
+                if not existed:
+                    sync(root.parent)
+                return cls(root, manifest, given)
+        except BaseException:
+            os.close(manifest)
+            raise
+
+    def __init__(self, root: Path, manifest: int, given: dict):
+        self.root = root
+        self._manifest = manifest  # file descriptor, locked; -1 once closed
+        if (root / CARD).exists():
+            self.card = read_card(root)
+            refuse_other_identity(root, given, self.card)
+        else:
+            self.card = {**given, "complete": False}
+            write_atomically(root / CARD, card_bytes(self.card))
+        self.class_names = list(self.card["class_names"])
+
+        entries, size = read_manifest(root, self.card)
+        refuse_missing_files(root, entries)
+        os.ftruncate(manifest, size)
+        os.fsync(manifest)
+        self.done = {entry.unit for entry in entries}
+        self.counts = class_counts(entries, len(self.class_names))
+        self._ids = {entry.id for entry in entries}
+        self._has_soft_labels = entries[0].soft_labels is not None if entries else None
+        self._image_shape = _png_shape(root / entries[0].file) if entries else None  # (C, H, W)
+        self._remove_uncommitted()
+
+    @property
+    def complete(self) -> bool:
+        return self.card["complete"]
+
+    def commit(self, unit: int, images: Tensor, records: Sequence[ImageRecord], soft_labels: Tensor | None = None) -> None:
+        """Write one unit to disk; when this returns, the unit is there for good.
+
+        The order is what makes it safe: every PNG, then the soft labels, each written under a temporary name, flushed
+        and renamed; then the folders are flushed; then the manifest gets the unit's lines, in one write.
+
+        Parameters
+        ----------
+        unit : number of the unit, not in `done`
+        images : uint8 [n, C, H, W], C = 1 or 3, on any device
+        records : n of them, in the order of the images
+        soft_labels : logits [n, K] of any floating dtype, kept as float16; for all units of a store or for none
+
+        Raises
+        ------
+        InputError
+            An argument does not fit, the store is closed or complete, or the disk refuses; then the store is as before.
+        """
+        self._check_unit(unit, images, records, soft_labels)
+        images = images.detach().cpu()
+        with _writing(self.root, f"The {len(self._ids)} images committed so far are safe."):
+            labels_sha256 = None
+            digests = []
+            for image, record in zip(images, records):
+                path = self.root / image_file(record.class_index, record.index, self.class_names)
+                data = _png_bytes(image)
+                write_atomically(path, data, sync_folder=False)
+                digests.append(hashlib.sha256(data).hexdigest())
+            if soft_labels is not None:
+                path = self.root / soft_label_file(unit)
+                data = safetensors.torch.save({"logits": soft_labels.detach().to("cpu", torch.float16).contiguous()})
+                write_atomically(path, data, sync_folder=False)
+                labels_sha256 = hashlib.sha256(data).hexdigest()
+
+            entries = [
+                self._entry(unit, len(records), row, record, digest, labels_sha256)
+                for row, (record, digest) in enumerate(zip(records, digests))
+            ]
+            folders = {(self.root / entry.file).parent for entry in entries} | {self.root / IMAGES, self.root}
+            if soft_labels is not None:
+                folders.add(self.root / SOFT_LABELS)
+            for folder in sorted(folders):
+                sync(folder)
+            self._append("".join(entry.to_line() for entry in entries).encode())
+
+        self.done.add(unit)
+        self._ids.update(entry.id for entry in entries)
+        for entry in entries:
+            self.counts[entry.class_index] += 1
+        self._has_soft_labels = soft_labels is not None
+        self._image_shape = tuple(images.shape[1:])
+
+    def finish(self) -> None:
+        """Check that the dataset is whole and mark its card complete, with the images of each class in `counts`.
+
+        Raises
+        ------
+        InputError
+            There is no image, a class has gaps in its numbering, the counts given to `open` are not reached, or a
+            file that the manifest names is gone.
+        """
+        self._check_open()
+        if self.complete:
+            return
+        entries = read_store(self.root).entries
+        if not entries:
+            raise InputError(f"{self.root} holds no image yet: commit at least one unit before it is finished")
+        wanted = self.card["counts"]
+        if wanted is not None and wanted != self.counts:
+            short = [
+                f"class {k} ({self.class_names[k]!r}): {have} of {want}"
+                for k, (have, want) in enumerate(zip(self.counts, wanted))
+                if have != want
+            ]
+            raise InputError(f"{self.root} is not whole, commit what is missing: {some(short)}")
+        last = [-1] * len(self.class_names)
+        for entry in entries:
+            last[entry.class_index] = max(last[entry.class_index], entry.index)
+        gaps = [f"{k} ({self.class_names[k]!r})" for k, n in enumerate(self.counts) if n != last[k] + 1]
+        if gaps:
+            raise InputError(f"{self.root}: a class's images must be numbered 0, 1, 2 …; gaps in class {some(gaps)}")
+        card = {**self.card, "counts": self.counts, "complete": True}
+        with _writing(self.root, f"The {len(entries)} images committed so far are safe."):
+            self._remove_uncommitted()
+            write_atomically(self.root / CARD, card_bytes(card))
+        self.card = card
+
+    def close(self) -> None:
+        """Let other processes have the store. What is committed is on disk already."""
+        if self._manifest >= 0:
+            os.close(self._manifest)
+            self._manifest = -1
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._manifest < 0:
+            raise InputError(f"the store {self.root} is closed: open it again with Store.open")
+
+    def _check_unit(self, unit: int, images: Tensor, records: Sequence[ImageRecord], soft_labels: Tensor | None) -> None:
+        self._check_open()
+        if self.complete:
+            raise InputError(f"{self.root} is complete: more images need a store of their own")
+        if unit < 0 or unit in self.done:
+            reason = "negative" if unit < 0 else "committed already"
+            raise InputError(f"unit {unit} is {reason}; expected the number of a unit that is not in Store.done")
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
+            raise InputError(f"images must be uint8 [n, C, H, W] with 1 or 3 channels, got {images.dtype} {list(images.shape)}")
+        if self._image_shape not in (None, tuple(images.shape[1:])):
+            raise InputError(f"the store's images are {list(self._image_shape)}, got {list(images.shape[1:])}")
+        if len(records) != len(images):
+            raise InputError(f"got {len(images)} images and {len(records)} records; expected one record an image")
+        ids = set()
+        for record in records:
+            if not 0 <= record.class_index < len(self.class_names) or record.index < 0:
+                raise InputError(f"{record} does not fit a store of {len(self.class_names)} classes")
+            name = image_id(record.class_index, record.index, len(self.class_names))
+            if name in ids or name in self._ids:
+                raise InputError(f"class {record.class_index} has an image {record.index} already; number them afresh")
+            ids.add(name)
+        if self._has_soft_labels not in (None, soft_labels is not None):
+            raise InputError(f"unit {unit}: soft labels must come with all units of {self.root}, or with none")
+        if soft_labels is not None:
+            if soft_labels.ndim != 2 or len(soft_labels) != len(images) or not soft_labels.is_floating_point():
+                raise InputError(
+                    f"soft labels must be floating-point logits [{len(images)}, K], "
+                    f"got {soft_labels.dtype} {list(soft_labels.shape)}"
+                )
+            if not soft_labels.to(torch.float16).isfinite().all():
+                raise InputError("soft labels must be finite in float16 (at most 65504); shift or scale the logits")
+
+    def _entry(self, unit: int, unit_size: int, row: int, record: ImageRecord, sha256: str, labels_sha256: str | None) -> Entry:
+        soft_labels = None
+        if labels_sha256 is not None:
+            soft_labels = {"file": soft_label_file(unit), "row": row, "sha256": labels_sha256}
+        return Entry(
+            id=image_id(record.class_index, record.index, len(self.class_names)),
+            file=image_file(record.class_index, record.index, self.class_names),
+            class_index=int(record.class_index),
+            class_name=self.class_names[record.class_index],
+            index=int(record.index),
+            seed=int(record.seed),
+            unit=int(unit),
+            unit_size=unit_size,
+            losses={name: float(value) for name, value in record.losses.items()},
+            sha256=sha256,
+            soft_labels=soft_labels,
+        )
+
+    def _append(self, lines: bytes) -> None:
+        """Add a unit's lines to the manifest and flush them; on failure the manifest is as it was."""
+        size = os.fstat(self._manifest).st_size
+        try:
+            written = os.write(self._manifest, lines)
+            if written < len(lines):  # how a full disk shows
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.root / MANIFEST))
+            os.fsync(self._manifest)
+        except BaseException:
+            try:
+                os.ftruncate(self._manifest, size)
+            except OSError:
+                self.close()  # opening the store again repairs it; another commit here would not
+            raise
+
+    def _remove_uncommitted(self) -> None:
+        """Remove what a killed or failed commit left: temporary files, images and soft labels the manifest lacks.
+
+        Only files named as the store names its own are touched.
+        """
+        images = re.compile(r"\d+-\d{6,}\.png")
+        for k, name in enumerate(self.class_names):
+            folder = self.root / IMAGES / class_folder(k, name, len(self.class_names))
+            for path in files_in(folder):
+                if images.fullmatch(path.name) and path.stem not in self._ids or is_temporary(path):
+                    path.unlink()
+        for path in files_in(self.root / SOFT_LABELS):
+            unit = re.fullmatch(r"(\d{6,})\.safetensors", path.name)
+            if unit and (int(unit[1]) not in self.done or not self._has_soft_labels) or is_temporary(path):
+                path.unlink()
+        for path in files_in(self.root):
+            if is_temporary(path):
+                path.unlink()
+
+
+@contextmanager
+def _writing(root: Path, consolation: str) -> Iterator[None]:
+    """Turns the operating system's refusals into an InputError that names the path and says what became of the rest."""
+    try:
+        yield
+    except OSError as error:
+        remedy = {
+            errno.ENOSPC: "free some space",
+            errno.EDQUOT: "free some of the quota",
+            errno.EACCES: "make it writable",
+            errno.EPERM: "make it writable",
+            errno.EROFS: "choose an --out that is not read-only",
+        }.get(error.errno, "mend that")
+        raise InputError(
+            f"cannot write {error.filename or root}: {error.strerror or error}. {consolation} "
+            f"To go on, {remedy} and run the same command again."
+        ) from error
+
+
+def _lock(descriptor: int, root: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"another process is writing to {root}: wait until it ends, stop it, or choose another --out"
+        ) from error
+    except OSError as error:
+        if error.errno not in _LOCKS_UNSUPPORTED:
+            raise InputError(f"cannot lock {root / MANIFEST}: {error.strerror}; choose another --out") from error
+        warnings.warn(f"{root}: no locks on this file system; see to it that no second process writes", stacklevel=4)
+
+
+def _refuse_foreign_folder(root: Path) -> None:
+    """A folder may become a store if it is empty, is one, or is what a process killed in `open` has left."""
+    if (root / CARD).exists() and is_store(root):
+        return
+    ours = {path.name for path in root.iterdir() if is_temporary(path)}
+    if is_store(root) and not (root / MANIFEST).stat().st_size:
+        ours.add(MANIFEST)
+    others = sorted({path.name for path in root.iterdir()} - ours)
+    if others:
+        raise InputError(
+            f"{root} is not empty and is not a bnfuse dataset (it holds {some(others)}): choose another --out, or empty it"
+        )
+
+
+def _png_bytes(image: Tensor) -> bytes:
+    """uint8 [C, H, W] → a PNG file's bytes."""
+    pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)  # [H, W] or [H, W, 3]
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.contiguous().numpy()).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _png_shape(path: Path) -> tuple[int, int, int]:
+    """(C, H, W) from a PNG file's header."""
+    try:
+        with Image.open(path) as image:
+            return len(image.getbands()), image.height, image.width
+    except OSError as error:
+        raise InputError(f"{path} is not a PNG file: restore it, or delete the dataset") from error

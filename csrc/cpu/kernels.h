@@ -1,0 +1,78 @@
+// What a set of CPU kernels offers to the operators. One set is compiled for each instruction set; the kernels know
+// nothing of tensors, threads or allocation, so these few types are all that crosses the border.
+//
+// Two walks over x [N, C, *spatial], L = product of the spatial sizes, as in reference.row_shape:
+//   planes  [N·C, L]  contiguous: a plane is one sample's channel
+//   rows    [N·L, C]  channels_last: a row is one position's channels
+#pragma once
+
+#include <cstdint>
+
+#include "../bn_math.h"
+
+namespace bnfuse {
+
+enum class DType : int32_t { float32, float64, bfloat16, float16 };
+
+// Rows [begin, end), all of one group: the unit of work, and of partial moments, of the walk over rows.
+struct RowChunk {
+  int64_t begin, end, group;
+};
+
+// A is double where x is float64, else float.
+struct Forward {
+  DType dtype;
+  Act act;
+  double slope;
+  int64_t channels, plane_size;  // C, L
+  const void* x;                 // [N, C, *spatial]
+  const void* residual;          // like x, or null
+  const void* scale;             // A [C]
+  const void* shift;             // A [C]
+  void* y;                       // like x, or null: only the moments are wanted
+  uint8_t* mask;                 // reference.pack_mask's layout, or null: no mask is needed
+  double* partial_mean;          // [partials, C], one partial a sample (planes) or a chunk (rows)
+  double* partial_m2;            // [partials, C], Σ(x − mean)²
+};
+
+struct Backward {
+  DType dtype;
+  Act act;
+  double slope;
+  int64_t channels, plane_size;  // C, L
+  const void* dy;                // like x, or null: only the gradient through the moments is wanted
+  const void* x;                 // [N, C, *spatial]
+  const void* residual;          // like x, or null
+  const uint8_t* mask;           // or null: act' comes from x and residual
+  const void* scale;             // A [C]
+  const void* shift;             // A [C]
+  const void* mean;              // A [G, C]
+  const void* dmean;             // A [G, C] or null
+  const void* dvar;              // A [G, C] or null
+  const int64_t* counts;         // [G], elements a channel in each group
+  const int64_t* sample_groups;  // [N], planes only
+  void* dx;                      // like x
+  void* dresidual;               // like x, or null
+};
+
+// Each function does the share [begin, end) of the planes or of the chunks. Shares may run at the same time, and how
+// the work is cut into shares changes no bit of the result.
+struct Kernels {
+  const char* instruction_set;
+  void (*forward_planes)(const Forward&, int64_t begin, int64_t end);
+  void (*forward_rows)(const Forward&, const RowChunk* chunks, int64_t begin, int64_t end);
+  void (*backward_planes)(const Backward&, int64_t begin, int64_t end);
+  void (*backward_rows)(const Backward&, const RowChunk* chunks, int64_t begin, int64_t end);
+};
+
+extern const Kernels kernels_baseline;
+#ifdef __x86_64__
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+// The set that runs on this processor; the environment variable BNFUSE_INSTRUCTION_SET (baseline, avx2, avx512) forces
+// one. Throws std::runtime_error where the one asked for is unknown, not built or not supported. Decided once.
+const Kernels& kernels();
+
+}  // namespace bnfuse

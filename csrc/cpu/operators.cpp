@@ -1,0 +1,401 @@
+// The operators of bnfuse_cpp on the CPU: what comes in is checked once, memory is allocated, the work is cut into
+// shares and the partial moments are merged. The arithmetic on elements is in kernels.inl; the contract of each
+// operator is that of the function of the same name in bnfuse/reference.py.
+//
+// Only LibTorch's stable ABI is used, so one build runs under any later torch.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace bnfuse {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t ELEMENTS_PER_THREAD = 32768;  // fewer do not pay for waking a thread
+constexpr int64_t CHUNK_ELEMENTS = 65536;       // of the walk over rows: fixed, whatever the number of threads
+constexpr int64_t CHUNK_ROWS = 128;             // at least, so that partial moments stay few beside the elements
+
+// ---- descriptions for messages ----
+
+const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Byte: return "uint8";
+    default: return "another dtype";
+  }
+}
+
+template <typename Values>
+std::string list(const Values& values) {
+  std::string text = "[";
+  for (size_t i = 0; i < values.size(); ++i) text += (i ? ", " : "") + std::to_string(values[i]);
+  return text + "]";
+}
+
+std::string describe(const Tensor& tensor) {
+  return std::string(dtype_name(tensor.scalar_type())) + " " + list(tensor.sizes()) + " with strides " +
+         list(tensor.strides());
+}
+
+// ---- x [N, C, *spatial] and the groups, checked ----
+
+bool rows_are_contiguous(const Tensor& x) {  // channels_last, in any number of spatial dimensions
+  int64_t expected = 1;
+  const auto matches = [&](int64_t dim) {
+    const bool fits = x.size(dim) == 1 || x.stride(dim) == expected;
+    expected *= x.size(dim);
+    return fits;
+  };
+  if (!matches(1)) return false;
+  for (int64_t dim = x.dim() - 1; dim >= 2; --dim)
+    if (!matches(dim)) return false;
+  return matches(0);
+}
+
+struct Input {
+  DType dtype;
+  int64_t samples, channels, plane_size;  // N, C, L
+  bool planes;                            // the walk: planes, or rows
+};
+
+Input check_x(const Tensor& x) {
+  Input input;
+  switch (x.scalar_type()) {
+    case ScalarType::Float: input.dtype = DType::float32; break;
+    case ScalarType::Double: input.dtype = DType::float64; break;
+    case ScalarType::BFloat16: input.dtype = DType::bfloat16; break;
+    case ScalarType::Half: input.dtype = DType::float16; break;
+    default:
+      STD_TORCH_CHECK(false, "x must be float32, float64, bfloat16 or float16, got ", describe(x));
+  }
+  STD_TORCH_CHECK(x.dim() >= 2 && x.dim() <= 5, "x must be [N, C, *spatial] with 0 to 3 spatial dimensions, got ",
+                  describe(x));
+  input.samples = x.size(0);
+  input.channels = x.size(1);
+  input.plane_size = x.numel() / std::max<int64_t>(1, x.size(0) * x.size(1));
+  const bool contiguous = x.is_contiguous();
+  STD_TORCH_CHECK(x.numel() == 0 || contiguous || rows_are_contiguous(x), "x must be contiguous or channels_last, got ",
+                  describe(x));
+  input.planes = contiguous && x.numel() > x.size(0) * x.size(1);
+  return input;
+}
+
+// Strides of dimensions of size 1 address nothing and may differ.
+bool same_layout(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t dim = 0; dim < a.dim(); ++dim) {
+    if (a.size(dim) != b.size(dim)) return false;
+    if (a.size(dim) > 1 && a.stride(dim) != b.stride(dim) && a.numel() > 0) return false;
+  }
+  return true;
+}
+
+const void* check_like_x(const char* name, const OptionalTensor& tensor, const Tensor& x) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(tensor->is_cpu() && tensor->scalar_type() == x.scalar_type() && same_layout(*tensor, x), name,
+                  " must have x's dtype, shape and strides, ", describe(x), ", got ", describe(*tensor));
+  return tensor->const_data_ptr();
+}
+
+ScalarType moment_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// A small tensor of statistics, made contiguous; `shape` is [C] or [G, C].
+Tensor check_statistics(const char* name, const Tensor& tensor, const Tensor& x, const std::vector<int64_t>& shape) {
+  const auto sizes = tensor.sizes();
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == moment_dtype(x) && sizes.size() == shape.size() &&
+                      std::equal(shape.begin(), shape.end(), sizes.begin()),
+                  name, " must be ", dtype_name(moment_dtype(x)), " ", list(shape), ", got ", describe(tensor));
+  return torch::stable::contiguous(tensor);
+}
+
+OptionalTensor check_statistics(const char* name, const OptionalTensor& tensor, const Tensor& x,
+                                const std::vector<int64_t>& shape) {
+  if (!tensor) return std::nullopt;
+  return check_statistics(name, *tensor, x, shape);
+}
+
+const void* data(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+
+// [G + 1], from 0 to N without decreasing.
+std::vector<int64_t> check_group_starts(const Tensor& group_starts, const Tensor& x) {
+  STD_TORCH_CHECK(group_starts.is_cpu() && group_starts.scalar_type() == ScalarType::Long && group_starts.dim() == 1 &&
+                      group_starts.numel() >= 2,
+                  "group_starts must be int64 [G + 1] with at least one group, got ", describe(group_starts));
+  const Tensor contiguous = torch::stable::contiguous(group_starts);
+  const int64_t* first = contiguous.const_data_ptr<int64_t>();
+  std::vector<int64_t> starts(first, first + contiguous.numel());
+  STD_TORCH_CHECK(starts.front() == 0 && starts.back() == x.size(0) && std::is_sorted(starts.begin(), starts.end()),
+                  "group_starts must run from 0 to the batch size ", x.size(0), " without decreasing, got ",
+                  list(starts));
+  return starts;
+}
+
+Act parse_act(const std::string& act) {
+  const std::array<const char*, 6> names{"identity", "relu", "relu6", "leaky_relu", "silu", "hardswish"};
+  for (size_t i = 0; i < names.size(); ++i)
+    if (act == names[i]) return static_cast<Act>(i);
+  STD_TORCH_CHECK(false, "act must be one of identity, relu, relu6, leaky_relu, silu, hardswish, got '", act, "'");
+}
+
+bool is_two_slope(Act act) { return act == Act::relu || act == Act::relu6 || act == Act::leaky_relu; }
+
+// As reference.mask_shape.
+std::array<int64_t, 2> mask_shape(const Input& input) {
+  const int64_t positions = input.samples * input.plane_size;
+  if (input.planes) return {input.samples * input.channels, (input.plane_size + 7) / 8};
+  return {input.channels ? positions : 0, (input.channels + 7) / 8};
+}
+
+// ---- cutting the work ----
+
+// Calls run(begin, end) for shares of `items` which together hold `elements`.
+template <typename Run>
+void in_parallel(int64_t items, int64_t elements, const Run& run) {
+  if (items == 0 || elements == 0) return;
+  const int64_t grain = std::max<int64_t>(1, ELEMENTS_PER_THREAD * items / elements);
+  torch::stable::parallel_for(0, items, grain, run);
+}
+
+// The rows of every group in chunks of a fixed number of rows, so that no chunk holds rows of two groups.
+std::vector<RowChunk> cut_rows(const Input& input, const std::vector<int64_t>& group_starts) {
+  const int64_t step = std::max(CHUNK_ROWS, CHUNK_ELEMENTS / std::max<int64_t>(1, input.channels));
+  std::vector<RowChunk> chunks;
+  for (size_t group = 0; group + 1 < group_starts.size(); ++group) {
+    const int64_t end = group_starts[group + 1] * input.plane_size;
+    for (int64_t row = group_starts[group] * input.plane_size; row < end; row += step)
+      chunks.push_back({row, std::min(row + step, end), static_cast<int64_t>(group)});
+  }
+  return chunks;
+}
+
+// [N] the group of each sample.
+std::vector<int64_t> groups_of_samples(const std::vector<int64_t>& group_starts) {
+  std::vector<int64_t> groups(group_starts.back());
+  for (size_t group = 0; group + 1 < group_starts.size(); ++group)
+    std::fill(groups.begin() + group_starts[group], groups.begin() + group_starts[group + 1], group);
+  return groups;
+}
+
+// ---- forward ----
+
+// Partial moments [partials, C] of every group, in order, merged into mean and var [G, C]. `counts` and `groups`
+// [partials] are the elements a channel of each partial and its group.
+template <typename A>
+void merge_partials(const double* partial_mean, const double* partial_m2, const std::vector<double>& counts,
+                    const std::vector<int64_t>& groups, int64_t channels, int64_t group_count, A* mean_out,
+                    A* var_out) {
+  const auto merge_channels = [&](int64_t begin, int64_t end) {
+    std::vector<double> mean(end - begin), m2(end - begin);
+    size_t partial = 0;
+    for (int64_t group = 0; group < group_count; ++group) {
+      std::fill(mean.begin(), mean.end(), 0.0);
+      std::fill(m2.begin(), m2.end(), 0.0);
+      double count = 0;
+      for (; partial < groups.size() && groups[partial] == group; ++partial) {
+        const MergeWeights weights = merge_weights(count, counts[partial]);
+        for (int64_t c = begin; c < end; ++c) {
+          const int64_t at = static_cast<int64_t>(partial) * channels + c;
+          merge_moments(mean[c - begin], m2[c - begin], partial_mean[at], partial_m2[at], weights);
+        }
+        count += counts[partial];
+      }
+      for (int64_t c = begin; c < end; ++c) {
+        mean_out[group * channels + c] = static_cast<A>(mean[c - begin]);
+        var_out[group * channels + c] = static_cast<A>(count > 0 ? m2[c - begin] / count : 0.0);
+      }
+    }
+  };
+  const int64_t partials = static_cast<int64_t>(groups.size());
+  if (channels) torch::stable::parallel_for(0, channels, 1 + ELEMENTS_PER_THREAD / (1 + partials), merge_channels);
+}
+
+// Runs the forward pass described by `f`, whose y, residual, scale, shift and mask are set; returns mean, var [G, C].
+std::tuple<Tensor, Tensor> run_forward(Forward f, const Input& input, const Tensor& x,
+                                       const std::vector<int64_t>& group_starts) {
+  const std::vector<RowChunk> chunks = input.planes ? std::vector<RowChunk>() : cut_rows(input, group_starts);
+  std::vector<int64_t> groups;
+  std::vector<double> counts;
+  if (input.planes) {
+    groups = groups_of_samples(group_starts);
+    counts.assign(groups.size(), static_cast<double>(input.plane_size));
+  } else {
+    for (const RowChunk& chunk : chunks) {
+      groups.push_back(chunk.group);
+      counts.push_back(static_cast<double>(chunk.end - chunk.begin));
+    }
+  }
+  const int64_t partials = static_cast<int64_t>(groups.size());
+  const int64_t group_count = static_cast<int64_t>(group_starts.size()) - 1;
+  Tensor workspace = torch::stable::new_empty(x, {2, partials, input.channels}, ScalarType::Double);
+  Tensor mean = torch::stable::new_empty(x, {group_count, input.channels}, moment_dtype(x));
+  Tensor var = torch::stable::new_empty(x, {group_count, input.channels}, moment_dtype(x));
+
+  f.dtype = input.dtype;
+  f.channels = input.channels;
+  f.plane_size = input.plane_size;
+  f.x = x.const_data_ptr();
+  f.partial_mean = workspace.mutable_data_ptr<double>();
+  f.partial_m2 = f.partial_mean + partials * input.channels;
+  if (input.planes) {
+    in_parallel(input.samples * input.channels, x.numel(),
+                [&](int64_t begin, int64_t end) { kernels().forward_planes(f, begin, end); });
+  } else {
+    in_parallel(partials, x.numel(),
+                [&](int64_t begin, int64_t end) { kernels().forward_rows(f, chunks.data(), begin, end); });
+  }
+  if (input.dtype == DType::float64) {
+    merge_partials(f.partial_mean, f.partial_m2, counts, groups, input.channels, group_count,
+                   mean.mutable_data_ptr<double>(), var.mutable_data_ptr<double>());
+  } else {
+    merge_partials(f.partial_mean, f.partial_m2, counts, groups, input.channels, group_count,
+                   mean.mutable_data_ptr<float>(), var.mutable_data_ptr<float>());
+  }
+  return {mean, var};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_forward(const Tensor& x, const OptionalTensor& residual,
+                                                      const Tensor& scale, const Tensor& shift,
+                                                      const Tensor& group_starts, const std::string& act,
+                                                      double slope) {
+  const Input input = check_x(x);
+  const std::vector<int64_t> starts = check_group_starts(group_starts, x);
+  const Tensor scale_c = check_statistics("scale", scale, x, {input.channels});
+  const Tensor shift_c = check_statistics("shift", shift, x, {input.channels});
+
+  Forward f{};
+  f.act = parse_act(act);
+  f.slope = slope;
+  f.residual = check_like_x("residual", residual, x);
+  f.scale = scale_c.const_data_ptr();
+  f.shift = shift_c.const_data_ptr();
+  Tensor y = torch::stable::empty_like(x);
+  f.y = y.mutable_data_ptr();
+  const bool needs_mask = residual && is_two_slope(f.act);
+  const auto [rows, bytes] = mask_shape(input);
+  Tensor mask = needs_mask ? torch::stable::new_empty(x, {rows, bytes}, ScalarType::Byte)
+                           : torch::stable::new_empty(x, {0}, ScalarType::Byte);
+  f.mask = needs_mask ? mask.mutable_data_ptr<uint8_t>() : nullptr;
+  const auto [mean, var] = run_forward(f, input, x, starts);
+  return {y, mean, var, mask};
+}
+
+std::tuple<Tensor, Tensor> group_moments(const Tensor& x, const Tensor& group_starts) {
+  const Input input = check_x(x);
+  return run_forward(Forward{}, input, x, check_group_starts(group_starts, x));
+}
+
+// ---- backward ----
+
+// Runs the backward pass described by `f`, whose dy, residual, mask, scale, shift, dresidual are set; returns dx.
+Tensor run_backward(Backward f, const Input& input, const Tensor& x, const Tensor& mean, const OptionalTensor& dmean,
+                    const OptionalTensor& dvar, const std::vector<int64_t>& group_starts) {
+  const int64_t group_count = static_cast<int64_t>(group_starts.size()) - 1;
+  const std::vector<int64_t> shape{group_count, input.channels};
+  const Tensor mean_c = check_statistics("mean", mean, x, shape);
+  const OptionalTensor dmean_c = check_statistics("dmean", dmean, x, shape);
+  const OptionalTensor dvar_c = check_statistics("dvar", dvar, x, shape);
+  std::vector<int64_t> counts(group_count);
+  for (int64_t group = 0; group < group_count; ++group)
+    counts[group] = (group_starts[group + 1] - group_starts[group]) * input.plane_size;
+
+  Tensor dx = torch::stable::empty_like(x);
+  f.dtype = input.dtype;
+  f.channels = input.channels;
+  f.plane_size = input.plane_size;
+  f.x = x.const_data_ptr();
+  f.mean = mean_c.const_data_ptr();
+  f.dmean = data(dmean_c);
+  f.dvar = data(dvar_c);
+  f.counts = counts.data();
+  f.dx = dx.mutable_data_ptr();
+  if (input.planes) {
+    const std::vector<int64_t> groups = groups_of_samples(group_starts);
+    f.sample_groups = groups.data();
+    in_parallel(input.samples * input.channels, x.numel(),
+                [&](int64_t begin, int64_t end) { kernels().backward_planes(f, begin, end); });
+  } else {
+    const std::vector<RowChunk> chunks = cut_rows(input, group_starts);
+    in_parallel(static_cast<int64_t>(chunks.size()), x.numel(),
+                [&](int64_t begin, int64_t end) { kernels().backward_rows(f, chunks.data(), begin, end); });
+  }
+  return dx;
+}
+
+std::tuple<Tensor, Tensor> bn_backward(const OptionalTensor& dy, const Tensor& x, const OptionalTensor& residual,
+                                       const Tensor& mask, const Tensor& scale, const Tensor& shift, const Tensor& mean,
+                                       const OptionalTensor& dmean, const OptionalTensor& dvar,
+                                       const Tensor& group_starts, const std::string& act, double slope,
+                                       bool want_dresidual) {
+  const Input input = check_x(x);
+  const std::vector<int64_t> starts = check_group_starts(group_starts, x);
+  const Tensor scale_c = check_statistics("scale", scale, x, {input.channels});
+  const Tensor shift_c = check_statistics("shift", shift, x, {input.channels});
+
+  Backward f{};
+  f.act = parse_act(act);
+  f.slope = slope;
+  f.dy = check_like_x("dy", dy, x);
+  f.residual = check_like_x("residual", residual, x);
+  f.scale = scale_c.const_data_ptr();
+  f.shift = shift_c.const_data_ptr();
+  if (mask.numel()) {
+    const auto [rows, bytes] = mask_shape(input);
+    STD_TORCH_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Byte && mask.dim() == 2 &&
+                        mask.size(0) == rows && mask.size(1) == bytes && mask.is_contiguous(),
+                    "mask must be contiguous uint8 [", rows, ", ", bytes, "] or empty, got ", describe(mask));
+    f.mask = mask.const_data_ptr<uint8_t>();
+  }
+  Tensor dresidual = want_dresidual ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  f.dresidual = want_dresidual ? dresidual.mutable_data_ptr() : nullptr;
+  const Tensor dx = run_backward(f, input, x, mean, dmean, dvar, starts);
+  return {dx, dresidual};
+}
+
+Tensor group_moments_backward(const Tensor& x, const Tensor& mean, const OptionalTensor& dmean,
+                              const OptionalTensor& dvar, const Tensor& group_starts) {
+  const Input input = check_x(x);
+  return run_backward(Backward{}, input, x, mean, dmean, dvar, check_group_starts(group_starts, x));
+}
+
+}  // namespace
+}  // namespace bnfuse
+
+STABLE_TORCH_LIBRARY(bnfuse_cpp, m) {
+  m.def(
+      "bn_forward(Tensor x, Tensor? residual, Tensor scale, Tensor shift, Tensor group_starts, str act, float slope) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "bn_backward(Tensor? dy, Tensor x, Tensor? residual, Tensor mask, Tensor scale, Tensor shift, Tensor mean, "
+      "Tensor? dmean, Tensor? dvar, Tensor group_starts, str act, float slope, bool want_dresidual) "
+      "-> (Tensor, Tensor)");
+  m.def("group_moments(Tensor x, Tensor group_starts) -> (Tensor, Tensor)");
+  m.def("group_moments_backward(Tensor x, Tensor mean, Tensor? dmean, Tensor? dvar, Tensor group_starts) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bnfuse_cpp, CPU, m) {
+  m.impl("bn_forward", TORCH_BOX(&bnfuse::bn_forward));
+  m.impl("bn_backward", TORCH_BOX(&bnfuse::bn_backward));
+  m.impl("group_moments", TORCH_BOX(&bnfuse::group_moments));
+  m.impl("group_moments_backward", TORCH_BOX(&bnfuse::group_moments_backward));
+}

@@ -1,0 +1,38 @@
+// The Python module bnfuse._C: importing it registers the operators; its functions say what was built.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return std::string("clang ") + __clang_version__;
+#else
+  return std::string("gcc ") + __VERSION__;
+#endif
+}
+
+std::vector<std::string> instruction_sets() {
+  return {
+#ifdef __x86_64__
+      bnfuse::kernels_avx512.instruction_set, bnfuse::kernels_avx2.instruction_set,
+#endif
+      bnfuse::kernels_baseline.instruction_set};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "bnfuse's compiled kernels, and what was built.";
+  bnfuse::kernels();  // an instruction set that cannot run here is an error of the import
+  module.def("compiler", &compiler, "The compiler that built the extension.");
+  module.def("instruction_set", [] { return std::string(bnfuse::kernels().instruction_set); },
+             "The instruction set that runs on this processor.");
+  module.def("instruction_sets", &instruction_sets, "The instruction sets that were built, fastest first.");
+  module.def("torch_version", [] { return std::string(BNFUSE_TORCH_VERSION); }, "The torch built against.");
+}

@@ -1,0 +1,235 @@
+"""A fused network gives the logits, gradients and moments of the network it was made from."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Chains, Shared, Untraceable, settle
+from real_data import real_data
+from torch import nn
+from torchvision_shim import import_torchvision
+
+from bnfuse import InputError, fuse
+from bnfuse.models import batchnorm_layers, build_model, load_teacher
+from bnfuse.preprocessing import Preprocessing
+
+BACKENDS = ("reference", "cpp")
+
+
+def hooked_moments(model, images, bounds):
+    """Each BatchNorm input's mean and biased variance by group, taken with plain hooks."""
+    seen = {}
+
+    def hook(name):
+        def record(_module, inputs):
+            x = inputs[0].flatten(2) if inputs[0].dim() > 2 else inputs[0][:, :, None]
+            key = name if name not in seen else f"{name}#2"
+            seen[key] = tuple(
+                torch.stack([f(x[a:b]) for a, b in zip(bounds, bounds[1:])])
+                for f in (lambda part: part.mean((0, 2)), lambda part: part.var((0, 2), correction=0))
+            )
+
+        return record
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in batchnorm_layers(model).items()]
+    logits = model(images)
+    for handle in handles:
+        handle.remove()
+    return logits, seen
+
+
+def check_same(model, images, bounds, *, trace=True, backend="cpp", rtol=1e-5):
+    """Logits to 1e-5, moments, and the gradient of a loss that uses both, against hooks on the original."""
+    images = images.clone().requires_grad_()
+    logits, expected = hooked_moments(model, images, bounds)
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
+    loss = (logits * weights).sum() + sum(mean.square().sum() + var.square().sum() for mean, var in expected.values())
+    (gradient,) = torch.autograd.grad(loss, images)
+
+    fused = fuse(model, trace=trace, backend=backend)
+    fused_images = images.detach().requires_grad_()
+    fused_logits, moments = fused(fused_images, torch.tensor(bounds))
+    fused_loss = (fused_logits * weights).sum() + sum(m.square().sum() + v.square().sum() for m, v in moments.values())
+    (fused_gradient,) = torch.autograd.grad(fused_loss, fused_images)
+
+    assert set(moments) == set(expected)
+    scale = max(1.0, logits.abs().max().item())
+    torch.testing.assert_close(fused_logits, logits, rtol=0, atol=1e-5 * scale)
+    for name, (mean, var) in expected.items():
+        torch.testing.assert_close(moments[name][0], mean, rtol=rtol, atol=1e-5 * max(1.0, mean.abs().max().item()))
+        torch.testing.assert_close(moments[name][1], var, rtol=10 * rtol, atol=1e-5 * max(1.0, var.abs().max().item()))
+    torch.testing.assert_close(fused_gradient, gradient, rtol=1e-3, atol=2e-4 * gradient.abs().max().item())
+    return fused
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("trace", (True, False))
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
+def test_chains(backend, trace, memory_format):
+    model = settle(Chains())
+    images = torch.randn(7, 3, 9, 8).to(memory_format=memory_format)
+    fused = check_same(model, images, [0, 3, 4, 7], trace=trace, backend=backend)
+    folded = dict(line.strip().split(": ") for line in fused.describe().splitlines()[1:])
+    if trace:
+        assert folded == {
+            "bn0": "BN + leaky_relu",
+            "bn1": "BN + add + relu",
+            "bn2": "BN + add + relu6",
+            "bn_skip": "BN + add + relu",
+            "bn3": "BN",
+            "bn4": "BN",
+            "bn_head": "BN + hardswish",
+        } or folded == {
+            "bn0": "BN + leaky_relu",
+            "bn1": "BN + add + relu",
+            "bn2": "BN + add + relu6",
+            "bn_skip": "BN",
+            "bn3": "BN + add + relu",
+            "bn4": "BN",
+            "bn_head": "BN + hardswish",
+        }
+    else:
+        assert set(folded.values()) == {"BN"}
+
+
+def test_the_original_is_left_as_it_was_and_shares_its_weights():
+    model = settle(Chains())
+    before = {name: type(module) for name, module in model.named_modules()}
+    for trace in (True, False):
+        fused = fuse(model, trace=trace)
+        assert {name: type(module) for name, module in model.named_modules()} == before
+        assert {p.data_ptr() for p in model.fc.parameters()} <= {p.data_ptr() for p in fused.parameters()}
+
+
+def test_untraceable_network_falls_back_with_a_note():
+    model = settle(Untraceable())
+    with pytest.warns(UserWarning, match="Untraceable cannot be traced"):
+        fused = fuse(model)
+    assert not fused.traced
+    images = torch.randn(4, 3, 6, 6)
+    torch.testing.assert_close(fused(images)[0], model(images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("trace", (True, False))
+def test_a_layer_that_runs_twice_is_two_sites(trace):
+    fused = check_same(settle(Shared()), torch.randn(4, 3, 5, 5), [0, 4], trace=trace)
+    assert list(fused(torch.randn(2, 3, 5, 5))[1]) == ["bn", "bn#2"]
+
+
+def test_residual_that_broadcasts_is_added_outside():
+    class Broadcast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 5)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.fc(F.relu(self.bn(x) + x.mean((2, 3), keepdim=True)).mean((2, 3)))
+
+    check_same(settle(Broadcast()), torch.randn(3, 3, 4, 4), [0, 3])
+
+
+def test_batchnorm_subclass_with_its_own_forward_is_observed():
+    class Doubled(nn.BatchNorm2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = settle(nn.Sequential(nn.Conv2d(3, 4, 1), Doubled(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    fused = check_same(model, torch.randn(3, 3, 4, 4), [0, 1, 3])
+    assert "1: moments only" in fused.describe()
+
+
+@pytest.mark.parametrize("name", ("resnet18", "mobilenet_v2", "mobilenet_v3_small", "densenet121", "shufflenet_v2_x0_5"))
+def test_torchvision_networks(name):
+    torchvision = import_torchvision()
+    torch.manual_seed(0)
+    model = settle(torchvision.models.get_model(name, num_classes=7))
+    images = torch.randn(3, 3, 64, 64)
+    logits = model(images)
+    for trace in (True, False):
+        fused, moments = fuse(model, trace=trace)(images)
+        torch.testing.assert_close(fused, logits, rtol=1e-5, atol=1e-5 * logits.abs().max().item())
+        assert set(moments) == set(batchnorm_layers(model))
+
+
+def test_torchvision_chains_are_found():
+    torchvision = import_torchvision()
+    text = fuse(settle(torchvision.models.get_model("resnet18"))).describe()
+    assert (
+        text.count("BN + add + relu") == 8
+        and text.count(": BN + relu") == 9
+        and text.count(": BN\n") + text.endswith(": BN") == 3
+    )
+
+
+@pytest.mark.parametrize("name", ("resnet18", "mobilenetv3_small_050"))
+def test_timm_networks(name):
+    import_torchvision()
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch.manual_seed(0)
+    model = settle(timm.create_model(name, num_classes=5))
+    images = torch.randn(2, 3, 64, 64)
+    logits = model(images)
+    for trace in (True, False):
+        fused, moments = fuse(model, trace=trace)(images)
+        torch.testing.assert_close(fused, logits, rtol=1e-5, atol=1e-5 * logits.abs().max().item())
+        assert set(moments) == set(batchnorm_layers(model))
+
+
+def test_pretrained_resnet20_on_real_weights():
+    model = load_teacher(
+        "resnet20",
+        weights=real_data("resnet20-12fca82f.th"),
+        preprocessing=Preprocessing((32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ).model
+    fused = check_same(model, torch.randn(6, 3, 32, 32), [0, 2, 6])
+    assert fused.describe().count("BN + add + relu") == 9 and fused.describe().count(": BN + relu") == 10
+
+
+def test_pretrained_mobilenet_on_real_weights():
+    spec = f"{real_data('mobilenet_v1.py')}:mobilenet_v1"
+    model = load_teacher(spec, preprocessing=Preprocessing((224, 224), (0.5,) * 3, (0.5,) * 3)).model
+    images = torch.rand(2, 3, 224, 224) * 2 - 1
+    for trace in (True, False):
+        fused = fuse(model, trace=trace)
+        torch.testing.assert_close(fused(images)[0], model(images), rtol=0, atol=1e-5 * model(images).abs().max().item())
+    assert fuse(model).describe().count("BN + relu6") == 27
+
+
+def test_it_compiles_into_one_graph():
+    model = fuse(settle(build_model("resnet8", 5)))
+    images, starts = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 4])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    logits, moments = compiled(images, starts)
+    expected, expected_moments = model(images, starts)
+    torch.testing.assert_close(logits, expected)
+    assert list(moments) == list(expected_moments)
+
+
+def test_it_survives_copying_and_pickling():
+    model = fuse(settle(Chains()), trace=False)
+    images = torch.randn(2, 3, 5, 5)
+    expected = model(images)[0]
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other(images)[0], expected)
+        assert list(other(images)[1]) == list(model(images)[1])
+
+
+def test_autocast_keeps_float32_statistics():
+    model = fuse(settle(build_model("resnet8", 5)))
+    images = torch.randn(4, 3, 8, 8)
+    expected = model(images)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        _, moments = model(images)
+    for name, (mean, var) in moments.items():
+        assert mean.dtype == var.dtype == torch.float32
+        torch.testing.assert_close(mean, expected[name][0], rtol=0.1, atol=0.05)
+
+
+def test_unfit_networks_are_refused():
+    with pytest.raises(InputError, match="eval"):
+        fuse(Chains())
+    with pytest.raises(InputError, match="unknown backend"):
+        fuse(settle(Chains()), backend="fast")
