@@ -29,7 +29,7 @@ from bnfuse import __version__
 from bnfuse.cli import main as bnfuse
 
 RESULTS = Path(__file__).parent / "results"
-STUDENT = "--model resnet20 --epochs 150 --batch-size 64 --shift 0 --flip --crop-scale 0.3 --eval-every 0"
+STUDENT = "--model resnet20 --epochs 150 --batch-size 32 --lr 0.003 --shift 0 --flip --crop-scale 0.2 --eval-every 0"
 
 
 def run(command: str) -> str:
@@ -55,7 +55,7 @@ def cifar10(data: Path, runs: Path) -> dict:
     run(f"record {teacher} --data cifar10:train --out {runs}/statistics.safetensors")
     synthesize = f"synthesize {teacher} --statistics {runs}/statistics.safetensors --images-per-class 50 --batch-size 50"
     made = run(
-        f"{synthesize} --iterations 200 --low-resolution-iterations 200 --jitter 2 --flip --tv-weight 1 --soft-labels "
+        f"{synthesize} --iterations 200 --low-resolution-iterations 200 --first-site-weight 10 --tv-weight 1 --jitter 2 --flip --soft-labels "
         f"--out {runs}/synthetic"
     )
     run(f"{synthesize} --iterations 1 --bn-weight 0 --ce-weight 0 --out {runs}/noise")

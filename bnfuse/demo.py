@@ -30,7 +30,7 @@ from .training import TrainConfig, train
 THREADS = 1
 
 TEACHER = TrainConfig(model="resnet20", epochs=30, batch_size=64, lr=0.01, shift=1)
-SYNTHESIS = SynthesisConfig(images_per_class=100, batch_size=100, iterations=300)
+SYNTHESIS = SynthesisConfig(images_per_class=100, batch_size=100, iterations=300, first_site_weight=10.0)
 STUDENT = TrainConfig(model="resnet20", epochs=30, batch_size=64, lr=0.01, shift=1, label_smoothing=0.1)
 
 
