@@ -13,22 +13,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import os
-import platform
 import re
 import shlex
 import time
 import zipfile
-from datetime import date
 from pathlib import Path
 
 import torch
+from results_file import write_result
 
-from bnfuse import __version__
 from bnfuse.cli import main as bnfuse
 
-RESULTS = Path(__file__).parent / "results"
 STUDENT = "--model resnet20 --epochs 150 --batch-size 32 --lr 0.003 --shift 0 --flip --crop-scale 0.2 --eval-every 0"
 
 
@@ -55,8 +51,8 @@ def cifar10(data: Path, runs: Path) -> dict:
     run(f"record {teacher} --data cifar10:train --out {runs}/statistics.safetensors")
     synthesize = f"synthesize {teacher} --statistics {runs}/statistics.safetensors --images-per-class 50 --batch-size 50"
     made = run(
-        f"{synthesize} --iterations 200 --low-resolution-iterations 200 --first-site-weight 10 --tv-weight 1 --jitter 2 --flip --soft-labels "
-        f"--out {runs}/synthetic"
+        f"{synthesize} --iterations 200 --low-resolution-iterations 200 --first-site-weight 10 --tv-weight 1 "
+        f"--jitter 2 --flip --soft-labels --out {runs}/synthetic"
     )
     run(f"{synthesize} --iterations 1 --bn-weight 0 --ce-weight 0 --out {runs}/noise")
     figures = {"recognised_by_teacher": percentage(made, "the teacher takes")}
@@ -104,19 +100,12 @@ def main() -> None:
     figures = {"cifar10": cifar10, "imagenet": imagenet}[args.recipe](
         Path(args.data).resolve(), args.runs or Path("runs") / args.recipe
     )
-    result = {
-        "command": f"python benchmarks/recipes.py {args.recipe}",
-        "percent": figures,
-        "seconds": round(time.monotonic() - started),
-        "date": date.today().isoformat(),
-        "threads": args.threads,
-        "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "bnfuse": __version__,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"recipe_{args.recipe}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path = write_result(
+        f"recipe_{args.recipe}",
+        f"python benchmarks/recipes.py {args.recipe}",
+        percent=figures,
+        seconds=round(time.monotonic() - started),
+    )
     print(f"wrote {path}")
 
 

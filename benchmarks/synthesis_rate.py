@@ -13,6 +13,7 @@ import statistics as stats
 import time
 
 import torch
+from results_file import write_result
 from torch.utils.data import DataLoader
 
 from bnfuse import Matcher, fuse, load_dataset, record
@@ -60,6 +61,13 @@ def main() -> None:
     for backend, seen in rates.items():
         print(f"  {backend:10s} {stats.median(seen):6.1f} steps/s   (from {min(seen):.1f} to {max(seen):.1f})")
     ratios = [a / b for a, b in zip(rates["cpp"], rates["reference"])]
+    write_result(
+        "synthesis_rate",
+        "make bench-demo",
+        steps_per_second={backend: round(stats.median(seen), 1) for backend, seen in rates.items()},
+        cpp_over_reference=round(stats.median(ratios), 2),
+        pairs=args.pairs,
+    )
     print(f"  cpp over reference: {stats.median(ratios):.2f}×   (pairs from {min(ratios):.2f} to {max(ratios):.2f})")
 
 

@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import torch
 from torch.utils.data import DataLoader
 
 from . import __version__
@@ -100,7 +101,7 @@ def _train(args) -> None:
         preprocessing=_preprocessing(args),
         soft_labels=args.soft_labels,
         out=args.out,
-        device=args.device,
+        device=_device(args),
     )
     print(
         f"trained {config.model} on {len(data)} images in {result.seconds:.0f} s: "
@@ -195,7 +196,7 @@ def _synthesize(args) -> None:
     config = from_flags(SynthesisConfig, args)
     teacher = _load_teacher(args)
     statistics = None if args.statistics is None else ClassStatistics.load(args.statistics)
-    result = synthesize(teacher, statistics, args.out, config, device=args.device, backend=args.backend)
+    result = synthesize(teacher, statistics, args.out, config, device=_device(args), backend=args.backend)
     rate = f" in {result.seconds:.0f} s" if result.made else ", which were there already"
     print(f"{result.images} images, {result.made} made now{rate}: {result.out / 'images'}")
     print(f"the teacher takes {recognised(teacher, statistics, result.out, config):.1%} of them for what was asked")
@@ -275,6 +276,14 @@ def _load_data(args):
 
 def _load_teacher(args) -> Teacher:
     teacher = load_teacher(args.teacher, weights=args.weights, num_classes=args.num_classes, preprocessing=_preprocessing(args))
-    if args.device:
-        teacher.model.to(args.device)
+    teacher.model.to(_device(args))
     return teacher
+
+
+def _device(args) -> torch.device:
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises AssertionError
+        raise InputError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
+    return device

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -116,10 +117,6 @@ class SynthesisConfig:
         Augmentation(self.jitter, self.flip, self.crop_scale)  # checks its own
 
     @property
-    def augmentation(self) -> Augmentation:
-        return Augmentation(self.jitter, self.flip, self.crop_scale)
-
-    @property
     def total_iterations(self) -> int:
         return self.low_resolution_iterations + self.iterations
 
@@ -207,40 +204,46 @@ def synthesize(
     )
     units = plan(config, range(len(source.names)))
     card = source.card(config, backends.resolve(backend, device.type))
+    counts = [config.images_per_class] * len(source.names)
     started, made, losses = time.monotonic(), 0, {}
-    with Store.open(out, card=card, class_names=source.names, counts=[config.images_per_class] * len(source.names)) as store:
-        todo = [unit for unit in units if unit.number not in store.done]
-        bar = tqdm(
-            total=len(units) * config.total_iterations,
-            initial=len(store.done) * config.total_iterations,
-            desc="synthesising",
-            unit="it",
-            disable=not progress,
-        )
-        sheet = ContactSheet(store.root, source.names)
-        for unit in todo:
-            labels = torch.tensor([source.rows[k] for k in unit.classes], device=device)  # rows of the target table
-            seeds = [derive_seed(config.seed, source.rows[k], index) for k, index in zip(unit.classes, unit.indices)]
-
-            def show(step: int, images: Tensor, terms: dict[str, float]) -> None:
-                bar.update(len(store.done) * config.total_iterations + step - bar.n)
-                bar.set_postfix({"unit": f"{unit.number + 1}/{len(units)}", **{k: f"{v:.3g}" for k, v in terms.items()}})
-                sheet.refresh(unit, lambda: _to_pixels(images, teacher))
-
-            images, losses = optimise(objective, labels, source.outputs(labels), seeds, unit.number, teacher, config, show)
-            pixels = _to_pixels(images, teacher)
-            soft = _soft_labels(objective, pixels, teacher, source, device) if config.soft_labels else None
-            store.commit(
-                unit.number,
-                pixels,
-                [ImageRecord(k, index, seed, losses) for k, index, seed in zip(unit.classes, unit.indices, seeds)],
-                soft,
+    with Store.open(out, card=card, class_names=source.names, counts=counts) as store:
+        display = _Display(store, len(units), config, teacher, progress)
+        for unit in units:
+            if unit.number in store.done:
+                continue
+            rows = [source.rows[k] for k in unit.classes]
+            seeds = [derive_seed(config.seed, row, index) for row, index in zip(rows, unit.indices)]
+            labels = torch.tensor(rows, device=device)
+            images, losses = optimise(
+                objective, labels, source.outputs(labels), seeds, unit.number, teacher, config, partial(display.show, unit)
             )
-            made += len(unit.classes)
-        bar.close()
+            pixels = _to_pixels(images, teacher)
+            records = [ImageRecord(k, i, seed, losses) for k, i, seed in zip(unit.classes, unit.indices, seeds)]
+            soft = _soft_labels(objective, pixels, teacher, source, device) if config.soft_labels else None
+            store.commit(unit.number, pixels, records, soft)
+            made += len(pixels)
         store.finish()
-        sheet.final()
-    return SynthesisResult(Path(out), len(source.names) * config.images_per_class, made, time.monotonic() - started, losses)
+        display.close()
+    return SynthesisResult(Path(out), sum(counts), made, time.monotonic() - started, losses)
+
+
+class _Display:
+    """The progress bar of a run, and its contact sheet."""
+
+    def __init__(self, store: Store, units: int, config: SynthesisConfig, teacher: Teacher, progress: bool):
+        self.store, self.units, self.steps, self.teacher = store, units, config.total_iterations, teacher
+        self.sheet = ContactSheet(store.root, store.class_names)
+        done = len(store.done) * self.steps
+        self.bar = tqdm(total=units * self.steps, initial=done, desc="synthesising", unit="it", disable=not progress)
+
+    def show(self, unit: Unit, step: int, images: Tensor, terms: dict[str, float]) -> None:
+        self.bar.set_postfix({"unit": f"{unit.number + 1}/{self.units}"} | {k: f"{v:.3g}" for k, v in terms.items()})
+        self.bar.update(len(self.store.done) * self.steps + step - self.bar.n)
+        self.sheet.refresh(unit, lambda: _to_pixels(images, self.teacher))
+
+    def close(self) -> None:
+        self.bar.close()
+        self.sheet.final()
 
 
 @torch.no_grad()

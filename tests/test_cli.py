@@ -122,6 +122,7 @@ def test_a_private_image_folder(tmp_path, capsys):
         ),
         (["train", "--data", "nowhere", "--out", "x"], "nowhere"),
         (["train", "--data", "digits", "--out", "x", "--epochs", "0"], "epochs"),
+        (["train", "--data", "digits", "--out", "x", "--device", "gpu"], "--device gpu cannot be used"),
         (["synthesize", "--teacher", "missing.safetensors", "--out", "x"], "missing.safetensors"),
     ],
 )

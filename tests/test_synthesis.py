@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     preprocessing = Preprocessing((8, 8), (images.mean().item(),), (images.std().item(),))
     model = CifarResNet(8, 10, 1, width=8)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    for step in range(80):
+    for _ in range(80):
         part = torch.randint(0, 600, (64,))
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(preprocessing.normalize(images[part])), labels[part]).backward()
@@ -260,7 +260,7 @@ def test_plan_covers_every_image_once():
 
 
 def test_seeds_are_stable_and_apart():
-    assert derive_seed(0, 3, 17) == 5146003421043146186 or derive_seed(0, 3, 17) == derive_seed(0, 3, 17)
+    assert derive_seed(0, 3, 17) == 5833085195678034086  # a stored dataset is made again from these
     assert len({derive_seed(s, k, i) for s in range(3) for k in range(12) for i in range(12)}) == 3 * 12 * 12
 
 
