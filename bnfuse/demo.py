@@ -11,6 +11,8 @@ import json
 import shutil
 import time
 from dataclasses import replace
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -40,7 +42,7 @@ def run_demo(out: str | Path = "runs/demo", *, seed: int = 0) -> dict:
     Returns
     -------
     The content of summary.json: teacher_accuracy, real_student_accuracy, synthetic_student_accuracy, noise_student_accuracy
-    (each a fraction of the held-out digits), images, seconds
+    (each a fraction of the held-out digits), images, synthesis_seconds, seconds, and date, threads and versions
     """
     torch.set_num_threads(THREADS)
     out, started = Path(out), time.monotonic()
@@ -86,6 +88,7 @@ def run_demo(out: str | Path = "runs/demo", *, seed: int = 0) -> dict:
     _say("5/5 a picture, and the summary")
     save(real_and_synthetic(private, synthetic), out / "contact_sheet.png")
     summary["seconds"] = time.monotonic() - started
+    summary |= {"date": date.today().isoformat(), "threads": THREADS, "torch": torch.__version__, "bnfuse": version("bnfuse")}
     write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     print(_table(summary, len(heldout)))
     print(
