@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from .preprocessing import Preprocessing
 from .statistics import MINIMUM_IMAGES, ClassStatistics, record
 from .synthesis import SynthesisConfig, recognised, synthesize
 from .training import TrainConfig, train
+
+_GRAMMARS = f"A dataset is named by one of\n{textwrap.indent(DATASET_GRAMMAR, '  ')}\n{SPEC_GRAMMAR}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,7 +75,7 @@ def _add_train(commands) -> None:
         "train",
         _train,
         "Train a network from scratch, a teacher on private images or a student on synthetic ones, and test it.",
-        f"{DATASET_GRAMMAR}\n{SPEC_GRAMMAR}",
+        _GRAMMARS,
     )
     parser.add_argument("--data", required=True, metavar="DATASET", help="the images to train on")
     parser.add_argument("--test", metavar="DATASET", help="real images of the same classes to test on")
@@ -121,7 +124,7 @@ def _add_record(commands) -> None:
         "record",
         _record,
         "Record the class-wise BatchNorm statistics of private images, in one pass.",
-        f"{DATASET_GRAMMAR}\n{SPEC_GRAMMAR}",
+        _GRAMMARS,
     )
     _add_teacher(parser)
     parser.add_argument("--data", required=True, metavar="DATASET", help="the private images, each seen once")

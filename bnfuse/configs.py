@@ -12,16 +12,12 @@ from typing import TypeVar
 Config = TypeVar("Config")
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type[Config], *, skip: tuple[str, ...] = ()) -> None:
+def add_flags(parser: argparse.ArgumentParser, config: type[Config]) -> None:
     """Adds a flag for every field: ``images_per_class`` becomes ``--images-per-class``, with its default and its doc line."""
     kinds, texts = typing.get_type_hints(config), _attribute_texts(config)
     for field in dataclasses.fields(config):
-        if field.name in skip:
-            continue
-        kind, options = (
-            kinds[field.name],
-            {"help": f"{texts[field.name]} (default {_shown(field.default)})".replace("%", "%%")},
-        )
+        kind = kinds[field.name]
+        options = {"help": (texts[field.name] + _default_text(field.default)).replace("%", "%%")}
         if isinstance(kind, types.UnionType):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         if kind is bool:
@@ -53,5 +49,8 @@ def _attribute_texts(config: type) -> dict[str, str]:
     return texts
 
 
-def _shown(default) -> str:
-    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+def _default_text(default) -> str:
+    """Nothing for None, whose meaning the field's own text says."""
+    if default is None:
+        return ""
+    return f" (default {' '.join(map(str, default)) if isinstance(default, tuple) else default})"

@@ -64,6 +64,16 @@ def check_same(model, images, bounds, *, trace=True, backend="cpp", rtol=1e-5):
     return fused
 
 
+def check_logits_and_sites(model):
+    """Either way of fusing gives the logits to 1e-5 and sees every BatchNorm layer."""
+    images = torch.randn(2, 3, 64, 64)
+    logits = model(images)
+    for trace in (True, False):
+        fused, moments = fuse(model, trace=trace)(images)
+        torch.testing.assert_close(fused, logits, rtol=1e-5, atol=1e-5 * logits.abs().max().item())
+        assert set(moments) == set(batchnorm_layers(model))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("trace", (True, False))
 @pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
@@ -146,12 +156,7 @@ def test_torchvision_networks(name):
     torchvision = import_torchvision()
     torch.manual_seed(0)
     model = settle(torchvision.models.get_model(name, num_classes=7))
-    images = torch.randn(3, 3, 64, 64)
-    logits = model(images)
-    for trace in (True, False):
-        fused, moments = fuse(model, trace=trace)(images)
-        torch.testing.assert_close(fused, logits, rtol=1e-5, atol=1e-5 * logits.abs().max().item())
-        assert set(moments) == set(batchnorm_layers(model))
+    check_logits_and_sites(model)
 
 
 def test_torchvision_chains_are_found():
@@ -170,12 +175,7 @@ def test_timm_networks(name):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     torch.manual_seed(0)
     model = settle(timm.create_model(name, num_classes=5))
-    images = torch.randn(2, 3, 64, 64)
-    logits = model(images)
-    for trace in (True, False):
-        fused, moments = fuse(model, trace=trace)(images)
-        torch.testing.assert_close(fused, logits, rtol=1e-5, atol=1e-5 * logits.abs().max().item())
-        assert set(moments) == set(batchnorm_layers(model))
+    check_logits_and_sites(model)
 
 
 def test_pretrained_resnet20_on_real_weights():
