@@ -79,7 +79,8 @@ def imagenet(data: Path, runs: Path) -> dict:
     )
     made = run(
         f"synthesize {teacher} --statistics {runs}/statistics.safetensors --images-per-class 4 --batch-size 4 "
-        f"--iterations 200 --lr 0.2 --bn-weight 0.01 --tv-weight 0.1 --jitter 32 --flip --out {runs}/synthetic"
+        f"--iterations 200 --lr 0.2 --bn-weight 0.01 --first-site-weight 1 --tv-weight 0.1 --jitter 32 --flip "
+        f"--out {runs}/synthetic"
     )
     return {"recognised_by_teacher": percentage(made, "the teacher takes")}
 

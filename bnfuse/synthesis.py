@@ -54,7 +54,7 @@ class SynthesisConfig:
         (running, needs no recording)
     distance : distance between statistics: see `reference.bn_distance`
     bn_weight : weight of the BN-statistic loss
-    first_site_weight : weight of the first BN layer among the others
+    first_site_weight : weight of the first BN layer, where the other layers have 1; it alone sees the pixels' statistics
     ce_weight : weight of the cross-entropy
     tv_weight : weight of total variation
     l2_weight : weight of the mean squared pixel
@@ -82,7 +82,7 @@ class SynthesisConfig:
     targets: str = "class"
     distance: str = "l2"
     bn_weight: float = 1.0
-    first_site_weight: float = 1.0
+    first_site_weight: float = 10.0
     ce_weight: float = 1.0
     tv_weight: float = 0.0
     l2_weight: float = 0.0
