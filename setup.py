@@ -10,15 +10,25 @@ from glob import glob
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
 # One binary serves every x86-64 processor: the kernels are compiled once for each instruction set, and the best one
 # that the processor has is chosen when the extension is loaded.
 INSTRUCTION_SET_FLAGS = {
     "kernels_baseline.cpp": [],
-    "kernels_avx2.cpp": ["-mavx2", "-mfma"],
-    "kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+    "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "kernels_avx512.cpp": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ],
 }
+# Autograd and allocators in C++ need more of torch than its stable ABI.
+FULL_API_FLAGS = {name: ["-UTORCH_TARGET_VERSION", "-O2"] for name in ("autograd.cpp", "pool.cpp")}
 # The loops must vectorise, and NaN must flow: so what -ffast-math brings apart from its assumptions about values.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 
@@ -28,6 +38,11 @@ def sources() -> list[str]:
     if platform.machine() not in ("x86_64", "AMD64"):
         found = [s for s in found if os.path.basename(s) not in ("kernels_avx2.cpp", "kernels_avx512.cpp")]
     return found
+
+
+def system_includes() -> list[str]:
+    """torch's headers once more, as a system's: the compiler then warns of our code alone."""
+    return [flag for path in include_paths() for flag in ("-isystem", path)]
 
 
 class BuildKernels(BuildExtension):
@@ -40,8 +55,9 @@ class BuildKernels(BuildExtension):
         compile_one, compile_all, spawn = self.compiler._compile, self.compiler.compile, self.compiler.spawn
 
         def compile_with_flags(obj, src, ext, cc_args, extra_postargs, pp_opts):
-            flags = INSTRUCTION_SET_FLAGS.get(os.path.basename(src))
-            extra = [] if flags is None else KERNEL_FLAGS + flags
+            name = os.path.basename(src)
+            flags = INSTRUCTION_SET_FLAGS.get(name)
+            extra = FULL_API_FLAGS.get(name, []) if flags is None else KERNEL_FLAGS + flags
             compile_one(obj, src, ext, cc_args, extra_postargs + extra, pp_opts)
 
         def compile_side_by_side(*args, **kwargs):
@@ -72,7 +88,7 @@ setup(
                 ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # the stable ABI of torch 2.10
                 ("BNFUSE_TORCH_VERSION", f'"{torch.__version__}"'),
             ],
-            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"],
+            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", *system_includes()],
         )
     ],
     cmdclass={"build_ext": BuildKernels},

@@ -10,11 +10,9 @@ import functools
 import os
 import warnings
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 
-from . import reference
 from .errors import BackendError, InputError
 
 BACKENDS = ("auto", "reference", "cpp")
@@ -62,6 +60,7 @@ def check_name(backend: str) -> None:
         raise InputError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
 
 
+@torch.compiler.assume_constant_result
 def resolve(backend: str, device_type: str) -> str:
     """The backend that runs on a device type.
 
@@ -96,14 +95,7 @@ def _description(name: str) -> Backend:
     return next(b for b in describe() if b.name == name)
 
 
-@functools.cache
-def _kernels(name: str) -> SimpleNamespace:
-    names = ("bn_forward", "bn_backward", "group_moments", "group_moments_backward")
-    if name == "cpp":
-        return SimpleNamespace(**{n: getattr(torch.ops.bnfuse_cpp, n).default for n in names})
-    return SimpleNamespace(**{n: getattr(reference, n) for n in names})
-
-
-def kernels(backend: str, device: torch.device) -> SimpleNamespace:
-    """The functions bn_forward, bn_backward, group_moments and group_moments_backward of the resolved backend."""
-    return _kernels(resolve(backend, device.type))
+def release_memory() -> None:
+    """Gives the memory that the compiled kernels keep for the next activations back to the system."""
+    if extension is not None:
+        extension.empty_pool()

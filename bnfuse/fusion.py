@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import backends, ops, reference
+from .errors import InputError
 from .models import check_teacher
 
 Moments = dict[str, tuple[Tensor, Tensor]]  # site name → mean [G, C], var [G, C], in the order the sites ran
@@ -52,7 +53,7 @@ class FusedModel(nn.Module):
         moments : for each site that ran its input's mean and biased variance, [G, C] each, in the order they ran. A layer
             that runs several times in one pass appears as ``name``, ``name#2``, …
         """
-        self._tape.start(group_starts)
+        self._tape.start(ops.check_group_starts(group_starts, images), len(images))
         logits = self.body(images)
         return logits, self._tape.finish()
 
@@ -99,11 +100,21 @@ class _Tape:
     """Hands the groups to the sites of one forward pass and collects their moments."""
 
     def __init__(self):
-        self.group_starts: Tensor | None = None
+        self.group_starts: Tensor | None = None  # int64 [G + 1]
+        self.samples = 0
         self.moments: Moments = {}
 
-    def start(self, group_starts: Tensor | None) -> None:
-        self.group_starts, self.moments = group_starts, {}
+    def start(self, group_starts: Tensor, samples: int) -> None:
+        self.group_starts, self.samples, self.moments = group_starts, samples, {}
+
+    def groups_of(self, x: Tensor) -> Tensor:
+        """int64 [G + 1]: the groups of x's samples, which must be those of the network's images."""
+        if len(x) != self.samples:
+            raise InputError(
+                f"a BatchNorm layer was given {len(x)} samples in a pass over {self.samples} images; networks that take "
+                "their batch apart cannot be matched by groups of samples"
+            )
+        return self.group_starts
 
     def record(self, name: str, mean: Tensor, var: Tensor) -> None:
         self.moments[call_name(name, self.moments)] = (mean, var)
@@ -155,15 +166,15 @@ class FusedBatchNorm(_Site):
         dtype = reference.moment_dtype(x.dtype)
         # A residual that broadcasts, or that autocast left in another dtype, is added outside.
         fits = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
-        y, mean, var = ops.bn_act(
+        y, mean, var = ops.bn_act_unchecked(
             x,
+            residual if fits else None,
             self.scale.to(dtype),
             self.shift.to(dtype),
-            group_starts=self.tape.group_starts,
-            residual=residual if fits else None,
-            act=self.act.name if fits else "identity",
-            slope=self.act.slope,
-            backend=self.backend,
+            self.tape.groups_of(x),
+            self.act.name if fits else "identity",
+            self.act.slope,
+            self.backend,
         )
         self.tape.record(self.site_name, mean, var)
         return y if fits else reference.activation(y + residual, self.act.name, self.act.slope)
@@ -185,7 +196,7 @@ class ObservedBatchNorm(_Site):
         self.batchnorm = batchnorm
 
     def forward(self, x: Tensor) -> Tensor:
-        self.tape.record(self.site_name, *ops.group_moments(x, self.tape.group_starts, backend=self.backend))
+        self.tape.record(self.site_name, *ops.group_moments(x, self.tape.groups_of(x), backend=self.backend))
         return self.batchnorm(x)
 
 
@@ -225,6 +236,46 @@ def _activation_of_module(module: nn.Module) -> Activation | None:
 
 def _is_plain(batchnorm: _BatchNorm) -> bool:
     return type(batchnorm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+class FrozenConvolution(nn.Module):
+    """A convolution that keeps nothing of its input for backward, where torch's own keeps all of it.
+
+    The input's values are needed for the gradient of the weight alone, and a frozen network asks for none. Where that does not
+    hold, under autocast and under a compiler (which decides for itself what to keep), the convolution runs as it is.
+    """
+
+    def __init__(self, convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = self.convolution
+        weight, bias = conv.weight, conv.bias
+        if (
+            torch.compiler.is_compiling()
+            or weight.requires_grad
+            or bias is not None
+            and bias.requires_grad
+            or x.dim() != weight.dim()
+            or torch.is_autocast_enabled(x.device.type)
+        ):
+            return conv(x)
+        return torch.ops.bnfuse_cpp.frozen_convolution(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    def extra_repr(self) -> str:
+        return "keeps nothing of its input"
+
+
+def _freeze_convolutions(body: nn.Module) -> None:
+    """Puts FrozenConvolutions into a network that is ours to change; the layers themselves stay as they are."""
+    if backends.extension is None:
+        return
+    frozen: dict[nn.Module, FrozenConvolution] = {}
+    for name, module in list(body.named_modules(remove_duplicate=False)):
+        plain = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        if plain and module.padding_mode == "zeros" and not isinstance(module.padding, str) and not module._forward_hooks:
+            body.set_submodule(name, frozen.setdefault(module, FrozenConvolution(module)))
 
 
 def _site(
@@ -278,6 +329,7 @@ def _fuse_traced(model: nn.Module, tape: _Tape, backend: str) -> FusedModel:
             sites[name] = _fold(graph, body, modules, node, f"site_{len(sites)}", name, tape, backend)
     body.delete_all_unused_submodules()
     graph.lint()
+    _freeze_convolutions(body)
     body.recompile()
     body.eval()
     return FusedModel(body, tape, sites, traced=True)
@@ -363,5 +415,6 @@ def _fuse_modules(model: nn.Module, tape: _Tape, backend: str) -> FusedModel:
                 replaced[module] = sites[name] = _site(module, name, tape, backend)
             parent, _, attribute = name.rpartition(".")
             setattr(body.get_submodule(parent), attribute, replaced[module])
+    _freeze_convolutions(body)
     body.eval()
     return FusedModel(body, tape, sites, traced=False)

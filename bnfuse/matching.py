@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from . import backends, ops
 from .errors import InputError
 from .fusion import Moments
 from .models import batchnorm_layers
@@ -31,6 +32,7 @@ class Matcher(nn.Module):
     distance, use_std, slack, mean_weight, var_weight : see `reference.bn_distance`
     site_weights : by site name, default 1 each (DeepInversion multiplies its first site by 10)
     reduction : "sum" or "mean" over sites
+    backend : which kernels run, see `bnfuse.backends`
     """
 
     def __init__(
@@ -47,8 +49,10 @@ class Matcher(nn.Module):
         var_weight: float = 1.0,
         site_weights: Mapping[str, float] | None = None,
         reduction: str = "sum",
+        backend: str = "auto",
     ):
         super().__init__()
+        backends.check_name(backend)
         if distance not in DISTANCES:
             raise InputError(f"unknown distance {distance!r}; choose one of {', '.join(DISTANCES)}")
         if reduction not in ("sum", "mean"):
@@ -61,6 +65,7 @@ class Matcher(nn.Module):
                 f"targets must be [K, {sum(channels)}] for {len(names)} sites, got {list(target_mean.shape)} "
                 f"and {list(target_var.shape)}"
             )
+        self.backend = backend
         self.names, self.channels = list(names), list(channels)
         self.options = {
             "distance": distance,
@@ -110,13 +115,8 @@ class Matcher(nn.Module):
         -------
         [G, S]
         """
-        if missing := [name for name in self.names if name not in moments]:
-            raise InputError(
-                f"the network did not run site {missing[0]!r} ({len(missing)} of {len(self.names)} missing); match "
-                "only sites that run (sites=…), or record the statistics with this network"
-            )
-        mean = torch.cat([moments[name][0] for name in self.names], dim=1)  # [G, T]
-        var = torch.cat([moments[name][1] for name in self.names], dim=1)
+        mean, var = self._moments(moments)
+        mean, var = torch.cat(mean, dim=1), torch.cat(var, dim=1)  # [G, T]
         if len(self.target_mean) == 1:
             target_mean, target_var = self.target_mean.expand_as(mean), self.target_var.expand_as(var)
         elif classes is None:
@@ -127,7 +127,19 @@ class Matcher(nn.Module):
 
     def forward(self, moments: Moments, classes: Tensor | None = None) -> Tensor:
         """The loss, a scalar; arguments as in `site_distances`."""
-        return (self.site_distances(moments, classes) * self.site_weights).sum(1).mean()
+        mean, var = self._moments(moments)
+        dtype = mean[0].dtype
+        targets = self.target_mean.to(dtype), self.target_var.to(dtype), self.site_weights.to(dtype)
+        return ops.bn_loss(mean, var, *targets, classes=classes, backend=self.backend, **self.options)[0]
+
+    def _moments(self, moments: Moments) -> tuple[list[Tensor], list[Tensor]]:
+        """The matched sites' means and variances, [G, C] each."""
+        if missing := [name for name in self.names if name not in moments]:
+            raise InputError(
+                f"the network did not run site {missing[0]!r} ({len(missing)} of {len(self.names)} missing); match "
+                "only sites that run (sites=…), or record the statistics with this network"
+            )
+        return [moments[name][0] for name in self.names], [moments[name][1] for name in self.names]
 
 
 def group_by_class(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,18 @@
-"""Every operator's life on one screen: schema, implementation by backend, fake, autograd, and the checked public function.
+"""Every operator's life on one screen: schema, implementations, fake, autograd, and the checked public function.
 
-    bn_act(x, scale, shift, …)   → y, mean, var     one BatchNorm site: output and the moments of its input
-    group_moments(x, …)          → mean, var        the moments of any tensor
+    bn_act(x, scale, shift, …)       → y, mean, var     one BatchNorm site: output and the moments of its input
+    group_moments(x, …)              → mean, var        the moments of any tensor
+    bn_loss(mean, var, targets, …)   → loss             the distance of all sites' moments from their targets
 
-The arithmetic is in `reference.py` (the specification) and in the compiled kernels; nothing here computes.
+An operator exists once for each backend, in a namespace of its own and with one schema: `bnfuse_reference` is implemented and
+differentiated here, in terms of `reference.py`; `bnfuse_cpp` in csrc/. Nothing here computes.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -14,37 +20,36 @@ from torch import Tensor
 from . import backends, reference
 from .errors import InputError
 
-LIBRARY = torch.library.Library("bnfuse", "DEF")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+SCHEMAS = {
+    # y = act(scale·x + shift (+ residual)), and the moments of x
+    "bn_forward": "(Tensor x, Tensor? residual, Tensor scale, Tensor shift, Tensor group_starts, str act, float slope) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",  # y, mean, var, mask
+    # one read of dy and x, one write of dx (and of d residual)
+    "bn_backward": "(Tensor? dy, Tensor x, Tensor? residual, Tensor mask, Tensor scale, Tensor shift, Tensor mean, "
+    "Tensor? dmean, Tensor? dvar, Tensor group_starts, str act, float slope, bool want_dresidual) "
+    "-> (Tensor, Tensor)",  # dx, dresidual
+    # the moments of any tensor, for sites that cannot be fused
+    "group_moments": "(Tensor x, Tensor group_starts) -> (Tensor, Tensor)",  # mean, var
+    "group_moments_backward": "(Tensor x, Tensor mean, Tensor? dmean, Tensor? dvar, Tensor group_starts) -> Tensor",
+}
 
-# ---- bn_forward: y = act(scale·x + shift (+ residual)), and the moments of x ----
 
-LIBRARY.define(
-    "bn_forward(Tensor x, Tensor? residual, Tensor scale, Tensor shift, Tensor group_starts, str act, float slope, "
-    "str backend) -> (Tensor y, Tensor mean, Tensor var, Tensor mask)"
-)
+# ---- bnfuse_reference ----
 
-
-@torch.library.impl(LIBRARY, "bn_forward", "CompositeExplicitAutograd")
-def _bn_forward(x, residual, scale, shift, group_starts, act, slope, backend):
-    kernels = backends.kernels(backend, x.device)
-    return kernels.bn_forward(x, residual, scale, shift, group_starts, act, slope)
-
-
-@torch.library.register_fake("bnfuse::bn_forward")
-def _bn_forward_fake(x, residual, scale, shift, group_starts, act, slope, backend):
-    mean, var = _moments_like(x, group_starts)
-    shape = reference.mask_shape(x) if reference.needs_mask(residual is not None, act) else (0,)
-    return torch.empty_like(x), mean, var, x.new_empty(shape, dtype=torch.uint8)
+LIBRARY = torch.library.Library("bnfuse_reference", "DEF")
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema)
+    LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 
 def _bn_forward_setup(ctx, inputs, output):
-    x, residual, scale, shift, group_starts, act, slope, backend = inputs
+    x, residual, scale, shift, group_starts, act, slope = inputs
     _, mean, _, mask = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mask)
-    ctx.act, ctx.slope, ctx.backend, ctx.has_residual = act, slope, backend, residual is not None
+    ctx.act, ctx.slope, ctx.has_residual = act, slope, residual is not None
     # With a mask the residual is not needed again; without a residual there is nothing to keep but x.
     kept_residual = None if mask.numel() or act == "identity" else residual
     ctx.save_for_backward(x, kept_residual, scale, shift, group_starts, mean, mask)
@@ -56,98 +61,26 @@ def _bn_forward_backward(ctx, dy, dmean, dvar, _dmask):
     if dy is not None:
         dy = _match_layout(dy, x)
     wants_dresidual = ctx.has_residual and ctx.needs_input_grad[1] and dy is not None
-    if ctx.needs_input_grad[0] or (wants_dresidual and ctx.act != "identity"):
-        dx, dresidual = torch.ops.bnfuse.bn_backward(
-            dy,
-            x,
-            residual,
-            mask,
-            scale,
-            shift,
-            mean,
-            dmean,
-            dvar,
-            group_starts,
-            ctx.act,
-            ctx.slope,
-            wants_dresidual and ctx.act != "identity",
-            ctx.backend,
+    derives_dresidual = wants_dresidual and ctx.act != "identity"
+    if ctx.needs_input_grad[0] or derives_dresidual:
+        moments = mean, dmean, dvar, group_starts
+        dx, dresidual = torch.ops.bnfuse_reference.bn_backward(
+            dy, x, residual, mask, scale, shift, *moments, ctx.act, ctx.slope, derives_dresidual
         )
     if wants_dresidual and ctx.act == "identity":
         dresidual = dy
-    return dx, dresidual if wants_dresidual else None, None, None, None, None, None, None
-
-
-torch.library.register_autograd("bnfuse::bn_forward", _bn_forward_backward, setup_context=_bn_forward_setup)
-
-
-# ---- bn_backward: one read of dy and x, one write of dx (and of d residual) ----
-
-LIBRARY.define(
-    "bn_backward(Tensor? dy, Tensor x, Tensor? residual, Tensor mask, Tensor scale, Tensor shift, Tensor mean, "
-    "Tensor? dmean, Tensor? dvar, Tensor group_starts, str act, float slope, bool want_dresidual, str backend) "
-    "-> (Tensor dx, Tensor dresidual)"
-)
-
-
-@torch.library.impl(LIBRARY, "bn_backward", "CompositeExplicitAutograd")
-def _bn_backward(dy, x, residual, mask, scale, shift, mean, dmean, dvar, group_starts, act, slope, want_dresidual, backend):
-    kernels = backends.kernels(backend, x.device)
-    return kernels.bn_backward(dy, x, residual, mask, scale, shift, mean, dmean, dvar, group_starts, act, slope, want_dresidual)
-
-
-@torch.library.register_fake("bnfuse::bn_backward")
-def _bn_backward_fake(
-    dy, x, residual, mask, scale, shift, mean, dmean, dvar, group_starts, act, slope, want_dresidual, backend
-):
-    return torch.empty_like(x), torch.empty_like(x) if want_dresidual else x.new_empty(0)
-
-
-# ---- group_moments: the moments of any tensor, for sites that cannot be fused ----
-
-LIBRARY.define("group_moments(Tensor x, Tensor group_starts, str backend) -> (Tensor mean, Tensor var)")
-
-
-@torch.library.impl(LIBRARY, "group_moments", "CompositeExplicitAutograd")
-def _group_moments(x, group_starts, backend):
-    return backends.kernels(backend, x.device).group_moments(x, group_starts)
-
-
-@torch.library.register_fake("bnfuse::group_moments")
-def _group_moments_fake(x, group_starts, backend):
-    return _moments_like(x, group_starts)
+    return dx, dresidual if wants_dresidual else None, None, None, None, None, None
 
 
 def _group_moments_setup(ctx, inputs, output):
-    x, group_starts, backend = inputs
+    x, group_starts = inputs
     ctx.set_materialize_grads(False)
-    ctx.backend = backend
     ctx.save_for_backward(x, group_starts, output[0])
 
 
-def _group_moments_autograd(ctx, dmean, dvar):
+def _group_moments_backward(ctx, dmean, dvar):
     x, group_starts, mean = ctx.saved_tensors
-    return torch.ops.bnfuse.group_moments_backward(x, mean, dmean, dvar, group_starts, ctx.backend), None, None
-
-
-torch.library.register_autograd("bnfuse::group_moments", _group_moments_autograd, setup_context=_group_moments_setup)
-
-LIBRARY.define(
-    "group_moments_backward(Tensor x, Tensor mean, Tensor? dmean, Tensor? dvar, Tensor group_starts, str backend) -> Tensor"
-)
-
-
-@torch.library.impl(LIBRARY, "group_moments_backward", "CompositeExplicitAutograd")
-def _group_moments_backward(x, mean, dmean, dvar, group_starts, backend):
-    return backends.kernels(backend, x.device).group_moments_backward(x, mean, dmean, dvar, group_starts)
-
-
-@torch.library.register_fake("bnfuse::group_moments_backward")
-def _group_moments_backward_fake(x, mean, dmean, dvar, group_starts, backend):
-    return torch.empty_like(x)
-
-
-# ---- the backward passes have no derivative of their own: asking for one is an error, not a wrong number ----
+    return torch.ops.bnfuse_reference.group_moments_backward(x, mean, dmean, dvar, group_starts), None
 
 
 def _no_second_order(ctx, *_gradients):
@@ -157,13 +90,71 @@ def _no_second_order(ctx, *_gradients):
     )
 
 
-for _name in ("bn_backward", "group_moments_backward"):
-    torch.library.register_autograd(f"bnfuse::{_name}", _no_second_order)
+def _register_autograd(name, backward, setup_context=None):
+    torch.library.register_autograd(f"bnfuse_reference::{name}", backward, setup_context=setup_context)
 
 
-def _moments_like(x: Tensor, group_starts: Tensor) -> tuple[Tensor, Tensor]:
+_register_autograd("bn_forward", _bn_forward_backward, _bn_forward_setup)
+_register_autograd("group_moments", _group_moments_backward, _group_moments_setup)
+# The backward passes have no derivative of their own: asking for one is an error, not a wrong number.
+_register_autograd("bn_backward", _no_second_order)
+_register_autograd("group_moments_backward", _no_second_order)
+
+
+# ---- what every backend's operators look like to a compiler ----
+
+
+def _bn_forward_fake(x, residual, scale, shift, group_starts, act, slope):
+    mean, var = _group_moments_fake(x, group_starts)
+    shape = reference.mask_shape(x) if reference.needs_mask(residual is not None, act) else (0,)
+    return torch.empty_like(x), mean, var, x.new_empty(shape, dtype=torch.uint8)
+
+
+def _bn_backward_fake(dy, x, residual, mask, scale, shift, mean, dmean, dvar, group_starts, act, slope, want_dresidual):
+    return torch.empty_like(x), torch.empty_like(x) if want_dresidual else x.new_empty(0)
+
+
+def _group_moments_fake(x, group_starts):
     shape, dtype = (group_starts.shape[0] - 1, x.shape[1]), reference.moment_dtype(x.dtype)
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
+def _group_moments_backward_fake(x, mean, dmean, dvar, group_starts):
+    return torch.empty_like(x)
+
+
+def _bn_loss_fake(mean, var, target_mean, target_var, classes, site_weights, *_options):
+    groups, width = mean[0].shape[0], sum(site.shape[1] for site in mean)
+    return (
+        mean[0].new_empty(()),
+        mean[0].new_empty((groups, len(mean))),
+        mean[0].new_empty(groups * width),
+        mean[0].new_empty(groups * width),
+    )
+
+
+for _namespace in ("bnfuse_reference", *(["bnfuse_cpp"] if backends.extension else [])):
+    torch.library.register_fake(f"{_namespace}::bn_forward", _bn_forward_fake)
+    torch.library.register_fake(f"{_namespace}::bn_backward", _bn_backward_fake)
+    torch.library.register_fake(f"{_namespace}::group_moments", _group_moments_fake)
+    torch.library.register_fake(f"{_namespace}::group_moments_backward", _group_moments_backward_fake)
+    if _namespace != "bnfuse_reference":
+        torch.library.register_fake(f"{_namespace}::bn_loss", _bn_loss_fake)
+
+
+# ---- the operators of a backend ----
+
+OPERATORS = {}
+for _name in ("reference", *(["cpp"] if backends.extension else [])):
+    _namespace = getattr(torch.ops, f"bnfuse_{_name}")
+    OPERATORS[_name] = SimpleNamespace(**{name: getattr(_namespace, name).default for name in SCHEMAS})
+    # The eager loss is plain differentiable PyTorch, second order included: no operator need be made of it.
+    OPERATORS[_name].bn_loss = reference.bn_loss if _name == "reference" else _namespace.bn_loss.default
+
+
+def operators(backend: str, device_type: str) -> SimpleNamespace:
+    """The operators of `SCHEMAS`, and bn_loss, of the backend that `backends.resolve` takes."""
+    return OPERATORS[backends.resolve(backend, device_type)]
 
 
 # ---- what the rest of bnfuse calls: inputs checked once, then the operator ----
@@ -207,7 +198,7 @@ def bn_act(
     BackendError : a backend asked for by name that cannot run on x's device
     """
     x = _check_x(x)
-    group_starts = _check_group_starts(group_starts, x)
+    group_starts = check_group_starts(group_starts, x)
     if act not in reference.ACTIVATIONS:
         raise InputError(f"unknown activation {act!r}; choose one of {', '.join(reference.ACTIVATIONS)}")
     dtype = reference.moment_dtype(x.dtype)
@@ -229,16 +220,77 @@ def bn_act(
                 f"{list(residual.shape)} on {residual.device}"
             )
         residual = _match_layout(residual, x)
-    y, mean, var, _ = torch.ops.bnfuse.bn_forward(
-        x, residual, scale.contiguous(), shift.contiguous(), group_starts, act, slope, backend
-    )
-    return y, mean, var
+    bn_forward = operators(backend, x.device.type).bn_forward
+    return bn_forward(x, residual, scale.contiguous(), shift.contiguous(), group_starts, act, slope)[:3]
+
+
+def bn_act_unchecked(
+    x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, group_starts: Tensor, act: str, slope: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`bn_act` for a caller that has checked its arguments: x's and the residual's layouts alone are seen to."""
+    if not _is_dense(x):
+        x = x.contiguous()
+    if residual is not None:
+        residual = _match_layout(residual, x)
+    return operators(backend, x.device.type).bn_forward(x, residual, scale, shift, group_starts, act, slope)[:3]
 
 
 def group_moments(x: Tensor, group_starts: Tensor | None = None, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Mean and biased variance of x [N, C, *spatial] over each group: two [G, C]. Arguments and errors as in `bn_act`."""
     x = _check_x(x)
-    return torch.ops.bnfuse.group_moments(x, _check_group_starts(group_starts, x), backend)
+    return operators(backend, x.device.type).group_moments(x, check_group_starts(group_starts, x))
+
+
+def bn_loss(
+    mean: Sequence[Tensor],
+    var: Sequence[Tensor],
+    target_mean: Tensor,
+    target_var: Tensor,
+    site_weights: Tensor,
+    *,
+    classes: Tensor | None = None,
+    distance: str = "l2",
+    use_std: bool = False,
+    eps: float = 1e-8,
+    slack: float = 0.0,
+    mean_weight: float = 1.0,
+    var_weight: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The BatchNorm-statistic loss of a whole network, all sites in one operator.
+
+    ``loss = mean over groups g of Σ over sites s of site_weights[s] · distance(moments[g, s], targets[class of g, s])``; the
+    distances are those of `reference.bn_distance`. Differentiable once in mean and var (on the reference backend any number of
+    times); the gradient's coefficients come out of the same pass as the loss.
+
+    Parameters
+    ----------
+    mean, var : for each of S sites [G, C] in site order, float32 or float64, all of one dtype
+    target_mean, target_var : [K, T], a row a class, T = ΣC; or [1, T] for every group alike; in the moments' dtype
+    site_weights : [S], in the moments' dtype
+    classes : int64 [G], each group's row of the targets; not needed where there is one row
+    distance, use_std, eps, slack, mean_weight, var_weight : see `reference.bn_distance`
+    backend : "auto", "cpp" or "reference"
+
+    Returns
+    -------
+    loss : scalar
+    distances : [G, S], unweighted and without gradient
+
+    Raises
+    ------
+    InputError : an unknown distance, or targets of several classes without `classes`
+    RuntimeError : shapes or dtypes that do not fit, on the compiled backends
+    """
+    if distance not in reference.DISTANCES:
+        raise InputError(f"unknown distance {distance!r}; choose one of {', '.join(reference.DISTANCES)}")
+    if not mean:
+        raise InputError("bn_loss needs the moments of at least one site, got none")
+    if classes is None and len(target_mean) > 1:
+        raise InputError("class-wise targets need the class of each group: pass classes, int64 [G]")
+    options = distance, use_std, eps, slack, mean_weight, var_weight
+    loss = operators(backend, mean[0].device.type).bn_loss
+    return loss(list(mean), list(var), target_mean, target_var, classes, site_weights, *options)[:2]
 
 
 def _check_x(x: Tensor) -> Tensor:
@@ -259,9 +311,10 @@ def _match_layout(tensor: Tensor, x: Tensor) -> Tensor:
     return tensor if tensor.stride() == x.stride() else torch.empty_like(x).copy_(tensor)
 
 
-def _check_group_starts(group_starts: Tensor | None, x: Tensor) -> Tensor:
+def check_group_starts(group_starts: Tensor | None, x: Tensor) -> Tensor:
+    """The groups of x's samples, int64 [G + 1] on x's device; one group where none are given. InputError if they do not fit."""
     if group_starts is None:
-        return torch.tensor([0, x.shape[0]], device=x.device)
+        return _one_group(x.shape[0], x.device)
     if group_starts.dtype != torch.int64 or group_starts.dim() != 1 or len(group_starts) < 2:
         raise InputError(
             f"group_starts must be int64 [G + 1] with at least one group, got {group_starts.dtype} {list(group_starts.shape)}"
@@ -274,6 +327,17 @@ def _check_group_starts(group_starts: Tensor | None, x: Tensor) -> Tensor:
         if starts[0] != 0 or starts[-1] != x.shape[0] or any(a > b for a, b in zip(starts, starts[1:])):
             raise InputError(f"group_starts must run from 0 to the batch size {x.shape[0]} without decreasing, got {starts}")
     return group_starts.contiguous()
+
+
+def _one_group(samples: int, device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.tensor([0, samples], device=device)
+    return _cached_one_group(samples, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_one_group(samples: int, device: torch.device) -> Tensor:
+    return torch.tensor([0, samples], device=device)
 
 
 def _is_fake(tensor: Tensor) -> bool:

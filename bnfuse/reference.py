@@ -272,6 +272,44 @@ def bn_distance(
     return total
 
 
+def bn_loss(
+    mean: list[Tensor],
+    var: list[Tensor],
+    target_mean: Tensor,
+    target_var: Tensor,
+    classes: Tensor | None,
+    site_weights: Tensor,
+    distance: str,
+    use_std: bool,
+    eps: float,
+    slack: float,
+    mean_weight: float,
+    var_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """The loss of all sites, and each group's unweighted distance at each site. See `ops.bn_loss` for the contract.
+
+    Returns
+    -------
+    loss : scalar; distances : [G, S]
+    """
+    all_means, all_variances = torch.cat(mean, dim=1), torch.cat(var, dim=1)  # [G, T]
+    rows = torch.zeros_like(all_means[:, 0], dtype=torch.int64) if len(target_mean) == 1 else classes
+    distances = bn_distance(
+        all_means,
+        all_variances,
+        target_mean[rows],
+        target_var[rows],
+        torch.tensor([site.shape[1] for site in mean], device=all_means.device),
+        distance=distance,
+        use_std=use_std,
+        eps=eps,
+        slack=slack,
+        mean_weight=mean_weight,
+        var_weight=var_weight,
+    )
+    return (distances * site_weights).sum(1).mean(), distances.detach()
+
+
 def _distance_term(delta: Tensor, site_channels: Tensor, distance: str, slack: float) -> Tensor:
     if distance == "l1":
         return _site_sum(delta.abs(), site_channels) / site_channels

@@ -49,6 +49,8 @@ BNFUSE_INLINE double centred_m2(double s, double q, double count) {
   return m2 < 0 ? 0 : m2;  // rounding alone makes it negative; NaN stays
 }
 
+BNFUSE_INLINE bool is_finite(double x) { return x - x == 0; }
+
 // ---- activations; `slope` is leaky ReLU's ----
 
 template <typename To, typename From>

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/pool.h"
 
 namespace {
 
@@ -34,5 +35,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("instruction_set", [] { return std::string(bnfuse::kernels().instruction_set); },
              "The instruction set that runs on this processor.");
   module.def("instruction_sets", &instruction_sets, "The instruction sets that were built, fastest first.");
+  module.def("empty_pool", &bnfuse::empty_pool, "Gives the memory kept for activations back to the system.");
+  module.def("poison_pool", &bnfuse::poison_pool, "Whether memory for activations is filled with NaN first, for tests.");
+  module.def(
+      "pool_use", [] { return std::make_pair(bnfuse::pool_use().in_use, bnfuse::pool_use().kept); },
+      "Bytes of activations in use, and of memory kept for the next ones.");
   module.def("torch_version", [] { return std::string(BNFUSE_TORCH_VERSION); }, "The torch built against.");
 }

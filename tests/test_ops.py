@@ -164,7 +164,7 @@ def test_agrees_beyond_one_tile(shape, layout, dtype):
     n = shape[0]
     case = make_case(shape, dtype=dtype, layout=layout, groups=[n // 3, n - n // 3], act="relu", residual=True)
     assert_agrees_with_the_reference(case, "cpp")
-    mask = backends.kernels("cpp", case.x.device).bn_forward(
+    mask = ops.operators("cpp", "cpu").bn_forward(
         case.x, case.residual, case.scale, case.shift, case.group_starts, "relu", 0.0
     )[3]
     _, _, _, expected = reference.bn_forward(
@@ -184,7 +184,7 @@ def test_mask_is_the_reference_s(case):
     x = case.x if ops._is_dense(case.x) else case.x.contiguous()
     residual = None if case.residual is None else ops._match_layout(case.residual, x)
     arguments = x, residual, case.scale, case.shift, case.group_starts, case.act, SLOPE
-    actual, expected = (backends.kernels(b, x.device).bn_forward(*arguments)[3] for b in ("cpp", "reference"))
+    actual, expected = (ops.operators(b, "cpu").bn_forward(*arguments)[3] for b in ("cpp", "reference"))
     assert torch.equal(actual, expected)
 
 
@@ -366,12 +366,12 @@ def test_an_unknown_instruction_set_is_an_error_of_the_import():
 def operator_arguments(backend: str, layout: str, act: str, residual: bool):
     """Arguments of all four operators; gradients are asked for where they exist."""
     case = make_case((4, 3, 5, 5), layout=layout, groups=[1, 3], act=act, residual=residual)
-    kernels = backends.kernels(backend, case.x.device)
+    kernels = ops.operators(backend, "cpu")
     _, mean, _, mask = kernels.bn_forward(case.x, case.residual, case.scale, case.shift, case.group_starts, act, SLOPE)
     x = case.x.detach().requires_grad_()
     res = case.residual.detach().requires_grad_() if residual else None
     return {
-        "bn_forward": (x, res, case.scale, case.shift, case.group_starts, act, SLOPE, backend),
+        "bn_forward": (x, res, case.scale, case.shift, case.group_starts, act, SLOPE),
         "bn_backward": (
             case.dy,
             case.x,
@@ -386,10 +386,9 @@ def operator_arguments(backend: str, layout: str, act: str, residual: bool):
             act,
             SLOPE,
             residual,
-            backend,
         ),
-        "group_moments": (x, case.group_starts, backend),
-        "group_moments_backward": (case.x, mean, case.dmean, case.dvar, case.group_starts, backend),
+        "group_moments": (x, case.group_starts),
+        "group_moments_backward": (case.x, mean, case.dmean, case.dvar, case.group_starts),
     }
 
 
@@ -399,7 +398,7 @@ def operator_arguments(backend: str, layout: str, act: str, residual: bool):
 def test_opcheck(operator, layout, backend):
     for act, residual in (("relu", False), ("relu", True), ("silu", True)):
         arguments = operator_arguments(backend, layout, act, residual)[operator]
-        torch.library.opcheck(getattr(torch.ops.bnfuse, operator).default, arguments)
+        torch.library.opcheck(getattr(ops.operators(backend, "cpu"), operator), arguments)
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
@@ -432,7 +431,7 @@ def test_second_order_gradients_are_a_clear_error(backend):
         ops.group_moments(x, backend=backend),
     ):
         (gradient,) = torch.autograd.grad(sum(o.sum() for o in outputs), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiable once.*bnfuse.reference"):
+        with pytest.raises(RuntimeError, match="differentiable once(.|\n)*bnfuse.reference"):
             gradient.square().sum().backward()
 
 

@@ -1,9 +1,10 @@
 // What a set of CPU kernels offers to the operators. One set is compiled for each instruction set; the kernels know
 // nothing of tensors, threads or allocation, so these few types are all that crosses the border.
 //
-// Two walks over x [N, C, *spatial], L = product of the spatial sizes, as in reference.row_shape:
-//   planes  [N·C, L]  contiguous: a plane is one sample's channel
-//   rows    [N·L, C]  channels_last: a row is one position's channels
+// Two walks over x [N, C, *spatial], L = product of the spatial sizes:
+//   planes   contiguous x as [N·C, L]: a plane is one sample's channel, one after the other
+//   columns  x as a table whose columns belong to channels: channels_last as [N·L, C], and contiguous x with small planes
+//            as [N, C·L], so that the inner loops stay long
 #pragma once
 
 #include <cstdint>
@@ -14,9 +15,21 @@ namespace bnfuse {
 
 enum class DType : int32_t { float32, float64, bfloat16, float16 };
 
-// Rows [begin, end), all of one group: the unit of work, and of partial moments, of the walk over rows.
+// Rows [begin, end), all of one group: the unit of partial moments of the walk over columns.
 struct RowChunk {
   int64_t begin, end, group;
+};
+
+constexpr int64_t COLUMN_TILE = 2048;  // columns of an item at most
+
+// The table, and how it is cut into items: item i is channels tile i % channel_tiles of chunk i / channel_tiles.
+struct ColumnWalk {
+  int64_t channels;       // C
+  int64_t run;            // columns a channel: L where the table is [N, C·L], else 1
+  int64_t fold;           // rows that count as one long row, a power of two, where C is small; else 1
+  int64_t tile_channels;  // channels of an item at most; a multiple of 8 unless it is all or run > 1
+  int64_t channel_tiles;
+  const RowChunk* chunks;
 };
 
 // A is double where x is float64, else float.
@@ -31,7 +44,7 @@ struct Forward {
   const void* shift;             // A [C]
   void* y;                       // like x, or null: only the moments are wanted
   uint8_t* mask;                 // reference.pack_mask's layout, or null: no mask is needed
-  double* partial_mean;          // [partials, C], one partial a sample (planes) or a chunk (rows)
+  double* partial_mean;          // [partials, C], one partial a sample (planes) or a chunk (columns)
   double* partial_m2;            // [partials, C], Σ(x − mean)²
 };
 
@@ -51,18 +64,18 @@ struct Backward {
   const void* dvar;              // A [G, C] or null
   const int64_t* counts;         // [G], elements a channel in each group
   const int64_t* sample_groups;  // [N], planes only
-  void* dx;                      // like x
+  void* dx;                      // like x; may be dy
   void* dresidual;               // like x, or null
 };
 
-// Each function does the share [begin, end) of the planes or of the chunks. Shares may run at the same time, and how
-// the work is cut into shares changes no bit of the result.
+// Each function does the share [begin, end) of the planes or of the walk's items. Shares may run at the same time, and
+// how the work is cut into shares changes no bit of the result.
 struct Kernels {
   const char* instruction_set;
   void (*forward_planes)(const Forward&, int64_t begin, int64_t end);
-  void (*forward_rows)(const Forward&, const RowChunk* chunks, int64_t begin, int64_t end);
+  void (*forward_columns)(const Forward&, const ColumnWalk&, int64_t begin, int64_t end);
   void (*backward_planes)(const Backward&, int64_t begin, int64_t end);
-  void (*backward_rows)(const Backward&, const RowChunk* chunks, int64_t begin, int64_t end);
+  void (*backward_columns)(const Backward&, const ColumnWalk&, int64_t begin, int64_t end);
 };
 
 extern const Kernels kernels_baseline;

@@ -2,17 +2,21 @@
 //
 // Each kernel walks its share in *tiles* that fit the first-level cache, and runs a few plain loops over each tile: the
 // moments, then the output. Memory is read once; the later loops find the tile in cache. The loops are written for the
-// compiler to vectorise: a tile is [rows, width], and the inner loop runs over `width` without a branch.
+// compiler to vectorise: a tile is [rows, width], and the inner loop runs over `width` without a branch. All arithmetic is
+// in the accumulator's type A; narrower elements are converted tile by tile.
 //
-//   planes  a tile is a piece of one plane: one row, one channel, whose coefficients are the same along the row
-//   rows    a tile is some rows of up to TILE_WIDTH channels, and every column has its own coefficients. Where there
-//           are few channels, `fold` consecutive rows count as one long row, so that the inner loop stays long.
+//   planes   a tile is a piece of one plane: one row, one channel, whose coefficients are the same along the row
+//   columns  a tile is some rows of some columns, and every column has its own coefficients
 //
-// Everything sits in an unnamed namespace, and no header with code of its own is included: a function shared with
-// another set might be the copy compiled for a processor that is not there.
+// Everything sits in an unnamed namespace, and no header with code of its own is included but for the compiler's
+// intrinsics: a function shared with another set might be the copy compiled for a processor that is not there.
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #include "../bn_math.h"
 #include "kernels.h"
@@ -28,9 +32,9 @@ constexpr int64_t VECTOR_BYTES = 32;
 constexpr int64_t VECTOR_BYTES = 16;
 #endif
 
-constexpr int64_t TILE_SIZE = 4096;   // elements of a tile at most; a multiple of 8, so that tiles share no mask byte
-constexpr int64_t TILE_WIDTH = 256;   // channels of a tile at most, in the walk over rows; a multiple of 8
-constexpr int64_t FOLDED_WIDTH = 64;  // narrower rows are folded until a row of the tile is at least this wide
+constexpr int64_t TILE_SIZE = 8192;    // elements of a tile at most
+constexpr int64_t FIRST_ROWS = 4;      // of an item, whose mean its moments are taken about
+constexpr int64_t PLANE_TILE = 4096;   // of a tile in the walk over planes; a multiple of 8: tiles share no mask byte
 
 // ---- element types: stored as T, computed as Accumulator<T> ----
 
@@ -91,34 +95,88 @@ BNFUSE_INLINE void narrow(float value, Half& stored) {  // to nearest, ties to e
   stored.bits = uint16_t(half | (bits & 0x80000000u) >> 16);
 }
 
+// values [n] of T as A, and back.
+template <typename T, typename A>
+void widen_span(const T* __restrict in, int64_t n, A* __restrict out) {
+  int64_t i = 0;
+#ifdef __F16C__
+  if constexpr (std::is_same_v<T, Half>) {
+    for (; i + 8 <= n; i += 8) {
+      __m128i halves;
+      memcpy(&halves, in + i, sizeof(halves));
+      const __m256 floats = _mm256_cvtph_ps(halves);
+      memcpy(out + i, &floats, sizeof(floats));
+    }
+  }
+#endif
+  for (; i < n; ++i) out[i] = widen(in[i]);
+}
+
+template <typename T, typename A>
+void narrow_span(const A* __restrict in, int64_t n, T* __restrict out) {
+  int64_t i = 0;
+#ifdef __F16C__
+  if constexpr (std::is_same_v<T, Half>) {
+    for (; i + 8 <= n; i += 8) {
+      __m256 floats;
+      memcpy(&floats, in + i, sizeof(floats));
+      const __m128i halves = _mm256_cvtps_ph(floats, _MM_FROUND_TO_NEAREST_INT);
+      memcpy(out + i, &halves, sizeof(halves));
+    }
+  }
+#endif
+  for (; i < n; ++i) narrow(in[i], out[i]);
+}
+
 // ---- a tile ----
 
 struct Shape {
   int64_t rows, width;
 };
 
-// Values computed for a tile, or x itself where it is stored as it is computed: row r starts at data + r·stride.
+// Values of a tile: row r starts at data + r·stride.
 template <typename A>
 struct Tile {
-  const A* data;
+  A* data;
   int64_t stride;
 };
 
-// `buffer` [TILE_SIZE] takes the values where they have to be converted.
+// A tile of memory as A: itself, or converted into `buffer` [TILE_SIZE].
 template <typename T>
-Tile<Accumulator<T>> load(const T* x, int64_t stride, Shape shape, Accumulator<T>* __restrict buffer) {
+Tile<const Accumulator<T>> load(const T* x, int64_t stride, Shape shape, Accumulator<T>* __restrict buffer) {
   if constexpr (std::is_same_v<T, Accumulator<T>>) {
     return {x, stride};
   } else {
-    for (int64_t r = 0; r < shape.rows; ++r)
-      for (int64_t i = 0; i < shape.width; ++i) buffer[r * shape.width + i] = widen(x[r * stride + i]);
+    for (int64_t r = 0; r < shape.rows; ++r) widen_span(x + r * stride, shape.width, buffer + r * shape.width);
     return {buffer, shape.width};
   }
 }
 
-// The coefficients of a channel (planes), or of each column of a tile (rows).
+// Where the values of a tile of output are computed: in memory, or in `buffer` [TILE_SIZE] from which `store` takes them.
+template <typename T>
+Tile<Accumulator<T>> target(T* out, int64_t stride, Shape shape, Accumulator<T>* buffer) {
+  if constexpr (std::is_same_v<T, Accumulator<T>>) {
+    return {out, stride};
+  } else {
+    return {buffer, shape.width};
+  }
+}
+
+template <typename A, typename T>
+void store(Tile<A> values, T* out, int64_t stride, Shape shape) {
+  if (reinterpret_cast<void*>(values.data) == reinterpret_cast<void*>(out)) return;
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    if constexpr (std::is_same_v<T, A>) {
+      memcpy(out + r * stride, values.data + r * values.stride, shape.width * sizeof(T));
+    } else {
+      narrow_span(values.data + r * values.stride, shape.width, out + r * stride);
+    }
+  }
+}
+
+// The coefficients of a channel (planes), or of each column of a tile.
 template <typename A>
-struct Columns {
+struct Coefficients {
   const A *scale, *shift, *mean, *dmean, *dvar;
 };
 
@@ -128,7 +186,7 @@ BNFUSE_INLINE A column(const A* values, int64_t i) {
   return values[SAME ? 0 : i];
 }
 
-// ---- moments of a tile ----
+// ---- moments of one channel ----
 
 template <typename A>
 struct VectorOf;
@@ -165,15 +223,10 @@ BNFUSE_INLINE A sum_lanes(typename VectorOf<A>::type v) {
   return sum_pairwise<VECTOR_BYTES / sizeof(A)>(lanes);
 }
 
-// Merges x [n], n ≤ TILE_SIZE, all of one channel, into that channel's moments of `count` elements.
-//
-// First the mean of the piece, then first and second moments about it: what rounding took from the mean comes back
-// through the first moment, and a mean far larger than the deviation does not cancel.
 template <typename A>
-void add_span(const A* x, int64_t n, double count, double& mean, double& m2) {
+A sum_span(const A* x, int64_t n) {
   using Vector = typename VectorOf<A>::type;
   constexpr int64_t LANES = VECTOR_BYTES / sizeof(A);
-
   Vector sum0{}, sum1{}, sum2{}, sum3{};
   int64_t i = 0;
   for (; i + 4 * LANES <= n; i += 4 * LANES) {
@@ -185,10 +238,32 @@ void add_span(const A* x, int64_t n, double count, double& mean, double& m2) {
   for (; i + LANES <= n; i += LANES) sum0 += load_vector(x + i);
   A sum = sum_lanes<A>((sum0 + sum1) + (sum2 + sum3));
   for (; i < n; ++i) sum += x[i];
-  const A pivot = sum / A(n);
+  return sum;
+}
+
+// Mean and Σ(x − mean)² of x [n] in float64, for what overflows float32 on the way.
+template <typename A>
+void exact_moments(const A* x, int64_t n, double& mean, double& m2) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += double(x[i]);
+  mean = sum / double(n);
+  m2 = 0;
+  for (int64_t i = 0; i < n; ++i) m2 += (double(x[i]) - mean) * (double(x[i]) - mean);
+}
+
+// Merges x [n], n ≤ PLANE_TILE, all of one channel, into that channel's moments of `count` elements.
+//
+// First the mean of the piece, then first and second moments about it: what rounding took from the mean comes back
+// through the first moment, and a mean far larger than the deviation does not cancel.
+template <typename A>
+void add_span(const A* x, int64_t n, double count, double& mean, double& m2) {
+  using Vector = typename VectorOf<A>::type;
+  constexpr int64_t LANES = VECTOR_BYTES / sizeof(A);
+  const A pivot = sum_span(x, n) / A(n);
 
   Vector s0{}, s1{}, q0{}, q1{};
-  for (i = 0; i + 2 * LANES <= n; i += 2 * LANES) {
+  int64_t i = 0;
+  for (; i + 2 * LANES <= n; i += 2 * LANES) {
     const Vector d0 = load_vector(x + i) - pivot;
     const Vector d1 = load_vector(x + i + LANES) - pivot;
     s0 += d0;
@@ -207,65 +282,123 @@ void add_span(const A* x, int64_t n, double count, double& mean, double& m2) {
     s += d;
     q += d * d;
   }
-  merge_moments(mean, m2, double(pivot) + double(s) / double(n), centred_m2(s, q, double(n)), merge_weights(count, n));
+  double mean_here = double(pivot) + double(s) / double(n), m2_here = centred_m2(s, q, double(n));
+  if (!is_finite(m2_here)) exact_moments(x, n, mean_here, m2_here);
+  merge_moments(mean, m2, mean_here, m2_here, merge_weights(count, n));
 }
 
-// values [fold·channels] → their sums over the folds in values [channels], halves onto halves; fold is a power of two.
-template <typename A>
-void sum_folds(A* __restrict values, int64_t fold, int64_t channels) {
-  for (int64_t half = fold / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half * channels; ++i) values[i] += values[i + half * channels];
-}
+// ---- columns and their channels ----
 
-template <typename A>
-void repeat_folds(A* __restrict values, int64_t fold, int64_t channels) {
-  for (int64_t i = channels; i < fold * channels; ++i) values[i] = values[i - channels];
-}
+// A tile's columns: column j belongs to its channel (j / run) % channels. One of `run` and `fold` is 1.
+struct Columns {
+  int64_t channels;  // of the tile
+  int64_t run;       // neighbouring columns of one channel
+  int64_t fold;      // times that all channels come again, a power of two
+  int64_t width() const { return fold * channels * run; }
+};
 
-// As add_span for a tile of rows: column i belongs to channel i % channels, and each channel's moments so far are of
-// `count` elements. The tile's width is fold·channels, or fewer rows of `channels` where one incomplete row is left over.
+// values [channels] → one for each column, in place.
 template <typename A>
-void add_rows(Tile<A> x, Shape shape, int64_t fold, int64_t channels, double count, double* __restrict mean,
-              double* __restrict m2) {
-  A sum[TILE_WIDTH], s[TILE_WIDTH], q[TILE_WIDTH];
-  const int64_t width = shape.width, columns = fold * channels;
-  const double n = double(shape.rows * (width / channels));
-  for (int64_t i = 0; i < columns; ++i) sum[i] = s[i] = q[i] = 0;
-
-  int64_t r = 0;
-  for (; r + 4 <= shape.rows; r += 4) {
-    const A *x0 = x.data + r * x.stride, *x1 = x0 + x.stride, *x2 = x1 + x.stride, *x3 = x2 + x.stride;
-    for (int64_t i = 0; i < width; ++i) sum[i] += (x0[i] + x1[i]) + (x2[i] + x3[i]);
+void spread(A* __restrict values, Columns columns) {
+  if (columns.run > 1) {
+    for (int64_t c = columns.channels - 1; c >= 0; --c) {
+      const A value = values[c];
+      for (int64_t i = 0; i < columns.run; ++i) values[c * columns.run + i] = value;
+    }
+  } else {
+    for (int64_t i = columns.channels; i < columns.width(); ++i) values[i] = values[i - columns.channels];
   }
-  for (; r < shape.rows; ++r)
-    for (int64_t i = 0; i < width; ++i) sum[i] += x.data[r * x.stride + i];
-  sum_folds(sum, fold, channels);
-  for (int64_t c = 0; c < channels; ++c) sum[c] /= A(n);
-  repeat_folds(sum, fold, channels);
-  const A* pivot = sum;
+}
 
-  for (r = 0; r + 4 <= shape.rows; r += 4) {
-    const A *x0 = x.data + r * x.stride, *x1 = x0 + x.stride, *x2 = x1 + x.stride, *x3 = x2 + x.stride;
-    for (int64_t i = 0; i < width; ++i) {
-      const A d0 = x0[i] - pivot[i], d1 = x1[i] - pivot[i], d2 = x2[i] - pivot[i], d3 = x3[i] - pivot[i];
-      s[i] += (d0 + d1) + (d2 + d3);
-      q[i] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+// values [width] → their sums over each channel's columns in values [channels].
+template <typename A>
+void gather(A* __restrict values, Columns columns) {
+  if (columns.run > 1) {
+    for (int64_t c = 0; c < columns.channels; ++c) values[c] = sum_span(values + c * columns.run, columns.run);
+  } else {
+    for (int64_t half = columns.fold / 2; half > 0; half /= 2)  // halves onto halves
+      for (int64_t i = 0; i < half * columns.channels; ++i) values[i] += values[i + half * columns.channels];
+  }
+}
+
+template <typename A>
+struct ColumnBuffer {
+  alignas(64) A values[COLUMN_TILE];
+
+  template <typename Function>
+  BNFUSE_INLINE void fill(Columns columns, const Function& value) {
+    for (int64_t c = 0; c < columns.channels; ++c) values[c] = value(c);
+    spread(values, columns);
+  }
+};
+
+// The moments of an item's columns, about a pivot near their mean, in S.
+template <typename S>
+struct ColumnMoments {
+  alignas(64) S pivot[COLUMN_TILE];
+  alignas(64) S s[COLUMN_TILE];  // Σ(x − pivot)
+  alignas(64) S q[COLUMN_TILE];  // Σ(x − pivot)²
+  bool trusted[COLUMN_TILE];     // of a channel, see finish
+
+  void start(Columns columns) {
+    for (int64_t i = 0; i < columns.width(); ++i) pivot[i] = s[i] = q[i] = 0;
+  }
+
+  template <typename A>
+  void add_to_pivot(Tile<const A> x, Shape shape) {
+    S* __restrict sum = pivot;
+    for (int64_t r = 0; r < shape.rows; ++r) {
+      const A* __restrict row = x.data + r * x.stride;
+      for (int64_t i = 0; i < shape.width; ++i) sum[i] += row[i];
     }
   }
-  for (; r < shape.rows; ++r) {
-    for (int64_t i = 0; i < width; ++i) {
-      const A d = x.data[r * x.stride + i] - pivot[i];
-      s[i] += d;
-      q[i] += d * d;
+
+  void finish_pivot(Columns columns, double count) {
+    gather(pivot, columns);
+    for (int64_t c = 0; c < columns.channels; ++c) pivot[c] /= S(count);
+    spread(pivot, columns);
+  }
+
+  template <typename A>
+  void add(Tile<const A> x, Shape shape) {
+    const S* __restrict p = pivot;
+    S* __restrict s_out = s;
+    S* __restrict q_out = q;
+    int64_t r = 0;
+    for (; r + 4 <= shape.rows; r += 4) {
+      const A *x0 = x.data + r * x.stride, *x1 = x0 + x.stride, *x2 = x1 + x.stride, *x3 = x2 + x.stride;
+      for (int64_t i = 0; i < shape.width; ++i) {
+        const S d0 = x0[i] - p[i], d1 = x1[i] - p[i], d2 = x2[i] - p[i], d3 = x3[i] - p[i];
+        s_out[i] += (d0 + d1) + (d2 + d3);
+        q_out[i] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+      }
+    }
+    for (; r < shape.rows; ++r) {
+      const A* row = x.data + r * x.stride;
+      for (int64_t i = 0; i < shape.width; ++i) {
+        const S d = row[i] - p[i];
+        s_out[i] += d;
+        q_out[i] += d * d;
+      }
     }
   }
-  sum_folds(s, fold, channels);
-  sum_folds(q, fold, channels);
 
-  const MergeWeights weights = merge_weights(count, n);
-  for (int64_t c = 0; c < channels; ++c)
-    merge_moments(mean[c], m2[c], double(pivot[c]) + double(s[c]) / n, centred_m2(s[c], q[c], n), weights);
-}
+  // mean, m2 [channels] of the `count` elements a channel that were added; whether all are to be trusted. A channel is not
+  // where its mean lies more than a deviation from the pivot, so that m2 loses digits, or where a sum has overflowed.
+  bool finish(Columns columns, double count, double* __restrict mean, double* __restrict m2) {
+    gather(s, columns);
+    gather(q, columns);
+    bool all_trusted = true;
+    for (int64_t c = 0; c < columns.channels; ++c) {
+      const double first_moment = double(s[c]);
+      mean[c] = double(pivot[c * columns.run]) + first_moment / count;
+      m2[c] = centred_m2(s[c], q[c], count);
+      trusted[c] = is_finite(m2[c]) & !(first_moment * first_moment / count > m2[c]);
+      all_trusted &= trusted[c];
+    }
+    return all_trusted;
+  }
+};
 
 // ---- the mask of a tile: one byte an element in cache, one bit an element in memory ----
 
@@ -303,363 +436,396 @@ void unpack(const uint8_t* __restrict mask, int64_t n, uint8_t* __restrict flags
   for (int64_t i = whole; i < n; ++i) flags[i] = (mask[i / 8] >> (i - whole)) & 1;
 }
 
-// The mask of x's rows has `mask_stride` bytes a row of memory; a row of the tile is one or several of these, of
-// `channels` elements each.
-void pack_rows(const uint8_t* flags, Shape shape, int64_t channels, uint8_t* mask, int64_t mask_stride) {
-  const int64_t memory_rows = shape.rows * (shape.width / channels);
-  for (int64_t r = 0; r < memory_rows; ++r) pack(flags + r * channels, channels, mask + r * mask_stride);
+int64_t mask_bytes(int64_t row_length) { return (row_length + 7) / 8; }
+
+// The mask of a tile: a row of the tile is `segments` runs of `length` elements, each with its own bytes of the mask.
+struct MaskTile {
+  uint8_t* bits;
+  int64_t length, segment_stride, row_stride;  // of an element row; in bytes
+};
+
+void pack_tile(const uint8_t* flags, Shape shape, MaskTile mask) {
+  for (int64_t r = 0; r < shape.rows; ++r)
+    for (int64_t i = 0, k = 0; i < shape.width; i += mask.length, ++k)
+      pack(flags + r * shape.width + i, mask.length, mask.bits + r * mask.row_stride + k * mask.segment_stride);
 }
 
-void unpack_rows(const uint8_t* mask, int64_t mask_stride, Shape shape, int64_t channels, uint8_t* flags) {
-  const int64_t memory_rows = shape.rows * (shape.width / channels);
-  for (int64_t r = 0; r < memory_rows; ++r) unpack(mask + r * mask_stride, channels, flags + r * channels);
+void unpack_tile(MaskTile mask, Shape shape, uint8_t* flags) {
+  for (int64_t r = 0; r < shape.rows; ++r)
+    for (int64_t i = 0, k = 0; i < shape.width; i += mask.length, ++k)
+      unpack(mask.bits + r * mask.row_stride + k * mask.segment_stride, mask.length, flags + r * shape.width + i);
 }
 
 // ---- forward, a tile: y = act(scale·x + shift (+ residual)), and the flags of the mask ----
 
-// residual, y: row r at r·stride. flags [rows·width], written where a mask is needed.
-template <typename T>
-using ApplyFunction = void (*)(Tile<Accumulator<T>> x, const T* residual, T* y, int64_t stride, Shape,
-                               Columns<Accumulator<T>>, Accumulator<T> slope, uint8_t* flags);
+// flags [rows·width], written where a mask is needed.
+template <typename A>
+using ApplyFunction = void (*)(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape, Coefficients<A>, A slope,
+                               uint8_t* flags);
 
-template <typename T, Act ACT, bool RESIDUAL, bool SAME>
-void apply(Tile<Accumulator<T>> x, const T* residual, T* y, int64_t stride, Shape shape,
-           Columns<Accumulator<T>> columns, Accumulator<T> slope, uint8_t* flags) {
-  using A = Accumulator<T>;
+template <typename A, Act ACT, bool RESIDUAL, bool SAME>
+void apply(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape shape, Coefficients<A> coefficients, A slope,
+           uint8_t* flags) {
   constexpr bool MASK = RESIDUAL && (ACT == Act::relu || ACT == Act::relu6 || ACT == Act::leaky_relu);
   for (int64_t r = 0; r < shape.rows; ++r) {
     const A* __restrict x_row = x.data + r * x.stride;
-    const T* __restrict residual_row = RESIDUAL ? residual + r * stride : nullptr;
-    T* __restrict y_row = y + r * stride;
+    const A* __restrict residual_row = RESIDUAL ? residual.data + r * residual.stride : nullptr;
+    A* __restrict y_row = y.data + r * y.stride;
     uint8_t* __restrict flags_row = MASK ? flags + r * shape.width : nullptr;
     for (int64_t i = 0; i < shape.width; ++i) {
-      A z = column<SAME>(columns.scale, i) * x_row[i] + column<SAME>(columns.shift, i);
-      if (RESIDUAL) z += widen(residual_row[i]);
+      A z = column<SAME>(coefficients.scale, i) * x_row[i] + column<SAME>(coefficients.shift, i);
+      if (RESIDUAL) z += residual_row[i];
       if (MASK) flags_row[i] = on_upper_slope<ACT>(z);
-      narrow(activation<ACT>(z, slope), y_row[i]);
+      y_row[i] = activation<ACT>(z, slope);
     }
   }
 }
 
-template <typename T, bool RESIDUAL, bool SAME>
-ApplyFunction<T> select_apply(Act act) {
+template <typename A, bool RESIDUAL, bool SAME>
+ApplyFunction<A> select_apply(Act act) {
   switch (act) {
-    case Act::relu: return apply<T, Act::relu, RESIDUAL, SAME>;
-    case Act::relu6: return apply<T, Act::relu6, RESIDUAL, SAME>;
-    case Act::leaky_relu: return apply<T, Act::leaky_relu, RESIDUAL, SAME>;
-    case Act::silu: return apply<T, Act::silu, RESIDUAL, SAME>;
-    case Act::hardswish: return apply<T, Act::hardswish, RESIDUAL, SAME>;
-    default: return apply<T, Act::identity, RESIDUAL, SAME>;
+    case Act::relu: return apply<A, Act::relu, RESIDUAL, SAME>;
+    case Act::relu6: return apply<A, Act::relu6, RESIDUAL, SAME>;
+    case Act::leaky_relu: return apply<A, Act::leaky_relu, RESIDUAL, SAME>;
+    case Act::silu: return apply<A, Act::silu, RESIDUAL, SAME>;
+    case Act::hardswish: return apply<A, Act::hardswish, RESIDUAL, SAME>;
+    default: return apply<A, Act::identity, RESIDUAL, SAME>;
   }
 }
+
+// Everything that a tile's forward needs besides its place; chosen once for each share of the work.
+template <typename T, bool SAME>
+struct ForwardTile {
+  using A = Accumulator<T>;
+  const Forward& f;
+  ApplyFunction<A> apply;
+  alignas(64) A x_buffer[TILE_SIZE];
+  alignas(64) A residual_buffer[TILE_SIZE];
+  alignas(64) A y_buffer[TILE_SIZE];
+  uint8_t flags[TILE_SIZE];
+
+  explicit ForwardTile(const Forward& f)
+      : f(f), apply(f.residual ? select_apply<A, true, SAME>(f.act) : select_apply<A, false, SAME>(f.act)) {}
+
+  Tile<const A> load_x(int64_t at, int64_t stride, Shape shape) {
+    return load(static_cast<const T*>(f.x) + at, stride, shape, x_buffer);
+  }
+
+  // The tile at element `at`, whose rows lie `stride` apart; x is what load_x gave for it.
+  void operator()(Tile<const A> x, int64_t at, int64_t stride, Shape shape, Coefficients<A> coefficients, MaskTile mask) {
+    if (!f.y) return;
+    Tile<const A> residual{nullptr, 0};
+    if (f.residual) residual = load(static_cast<const T*>(f.residual) + at, stride, shape, residual_buffer);
+    T* out = static_cast<T*>(f.y) + at;
+    const Tile<A> y = target(out, stride, shape, y_buffer);
+    apply(x, residual, y, shape, coefficients, A(f.slope), flags);
+    store(y, out, stride, shape);
+    if (mask.bits) pack_tile(flags, shape, mask);
+  }
+};
 
 // ---- backward, a tile, in two steps: dz = act'·dy, then dx = scale·dz + a + b·(x − mean) ----
 
-// dz [rows·width], the gradient of the residual too.
-template <typename T>
-using DeriveFunction = void (*)(const T* dy, Tile<Accumulator<T>> x, const T* residual, int64_t stride, Shape,
-                                Columns<Accumulator<T>>, Accumulator<T> slope, Accumulator<T>* dz);
+// dz is the gradient of the residual too.
+template <typename A>
+using DeriveFunction = void (*)(Tile<const A> dy, Tile<const A> x, Tile<const A> residual, Shape, Coefficients<A>, A slope,
+                                Tile<A> dz);
 
-template <typename T, Act ACT, bool RESIDUAL, bool SAME>
-void derive(const T* dy, Tile<Accumulator<T>> x, const T* residual, int64_t stride, Shape shape,
-            Columns<Accumulator<T>> columns, Accumulator<T> slope, Accumulator<T>* dz) {
-  using A = Accumulator<T>;
+template <typename A, Act ACT, bool RESIDUAL, bool SAME>
+void derive(Tile<const A> dy, Tile<const A> x, Tile<const A> residual, Shape shape, Coefficients<A> coefficients, A slope,
+            Tile<A> dz) {
   for (int64_t r = 0; r < shape.rows; ++r) {
     const A* __restrict x_row = x.data + r * x.stride;
-    const T* __restrict residual_row = RESIDUAL ? residual + r * stride : nullptr;
-    const T* __restrict dy_row = dy + r * stride;
-    A* __restrict dz_row = dz + r * shape.width;
+    const A* __restrict residual_row = RESIDUAL ? residual.data + r * residual.stride : nullptr;
+    const A* __restrict dy_row = dy.data + r * dy.stride;
+    A* __restrict dz_row = dz.data + r * dz.stride;
     for (int64_t i = 0; i < shape.width; ++i) {
-      A z = column<SAME>(columns.scale, i) * x_row[i] + column<SAME>(columns.shift, i);
-      if (RESIDUAL) z += widen(residual_row[i]);
-      dz_row[i] = derivative<ACT>(z, slope) * widen(dy_row[i]);
+      A z = column<SAME>(coefficients.scale, i) * x_row[i] + column<SAME>(coefficients.shift, i);
+      if (RESIDUAL) z += residual_row[i];
+      dz_row[i] = derivative<ACT>(z, slope) * dy_row[i];
     }
   }
 }
 
-template <typename T, bool RESIDUAL, bool SAME>
-DeriveFunction<T> select_derive(Act act) {
+template <typename A, bool RESIDUAL, bool SAME>
+DeriveFunction<A> select_derive(Act act) {
   switch (act) {
-    case Act::relu: return derive<T, Act::relu, RESIDUAL, SAME>;
-    case Act::relu6: return derive<T, Act::relu6, RESIDUAL, SAME>;
-    case Act::leaky_relu: return derive<T, Act::leaky_relu, RESIDUAL, SAME>;
-    case Act::silu: return derive<T, Act::silu, RESIDUAL, SAME>;
-    case Act::hardswish: return derive<T, Act::hardswish, RESIDUAL, SAME>;
-    default: return derive<T, Act::identity, false, SAME>;
+    case Act::relu: return derive<A, Act::relu, RESIDUAL, SAME>;
+    case Act::relu6: return derive<A, Act::relu6, RESIDUAL, SAME>;
+    case Act::leaky_relu: return derive<A, Act::leaky_relu, RESIDUAL, SAME>;
+    case Act::silu: return derive<A, Act::silu, RESIDUAL, SAME>;
+    case Act::hardswish: return derive<A, Act::hardswish, RESIDUAL, SAME>;
+    default: return derive<A, Act::identity, false, SAME>;
   }
 }
 
-template <typename T>
-void derive_from_flags(const T* dy, int64_t stride, Shape shape, const uint8_t* flags, Accumulator<T> below,
-                       Accumulator<T>* dz) {
-  using A = Accumulator<T>;
+template <typename A>
+void derive_from_flags(Tile<const A> dy, Shape shape, const uint8_t* flags, A below, Tile<A> dz) {
   for (int64_t r = 0; r < shape.rows; ++r) {
-    const T* __restrict dy_row = dy + r * stride;
+    const A* __restrict dy_row = dy.data + r * dy.stride;
     const uint8_t* __restrict flags_row = flags + r * shape.width;
-    A* __restrict dz_row = dz + r * shape.width;
-    for (int64_t i = 0; i < shape.width; ++i) dz_row[i] = (flags_row[i] ? A(1) : below) * widen(dy_row[i]);
+    A* __restrict dz_row = dz.data + r * dz.stride;
+    for (int64_t i = 0; i < shape.width; ++i) dz_row[i] = (flags_row[i] ? A(1) : below) * dy_row[i];
   }
-}
-
-template <typename T>
-void store(const Accumulator<T>* values, T* out, int64_t stride, Shape shape) {
-  for (int64_t r = 0; r < shape.rows; ++r)
-    for (int64_t i = 0; i < shape.width; ++i) narrow(values[r * shape.width + i], out[r * stride + i]);
 }
 
 // An absent dvar must not touch x: 0·inf would be NaN.
-template <typename T, bool DY, bool DVAR, bool SAME>
-void combine(const Accumulator<T>* dz, Tile<Accumulator<T>> x, Shape shape, Columns<Accumulator<T>> columns, T* dx,
-             int64_t stride) {
-  using A = Accumulator<T>;
+template <typename A, bool DY, bool DVAR, bool SAME>
+void combine(Tile<const A> dz, Tile<const A> x, Shape shape, Coefficients<A> coefficients, Tile<A> dx) {
   for (int64_t r = 0; r < shape.rows; ++r) {
     const A* __restrict x_row = x.data + r * x.stride;
-    const A* __restrict dz_row = DY ? dz + r * shape.width : nullptr;
-    T* __restrict dx_row = dx + r * stride;
+    const A* __restrict dz_row = DY ? dz.data + r * dz.stride : nullptr;
+    A* __restrict dx_row = dx.data + r * dx.stride;
     for (int64_t i = 0; i < shape.width; ++i) {
-      A sum = column<SAME>(columns.dmean, i);
-      if (DVAR) sum += column<SAME>(columns.dvar, i) * (x_row[i] - column<SAME>(columns.mean, i));
-      if (DY) sum += column<SAME>(columns.scale, i) * dz_row[i];
-      narrow(sum, dx_row[i]);
+      A sum = column<SAME>(coefficients.dmean, i);
+      if (DVAR) sum += column<SAME>(coefficients.dvar, i) * (x_row[i] - column<SAME>(coefficients.mean, i));
+      if (DY) sum += column<SAME>(coefficients.scale, i) * dz_row[i];
+      dx_row[i] = sum;
     }
   }
 }
 
-// Everything that a tile's backward needs besides its pointers; chosen once for each share of the work.
+// Everything that a tile's backward needs besides its place; chosen once for each share of the work. dx may be dy: a
+// tile of dy has been read before dx is written there.
 template <typename T, bool SAME>
 struct BackwardTile {
   using A = Accumulator<T>;
   const Backward& f;
-  DeriveFunction<T> derive;
+  DeriveFunction<A> derive;
   alignas(64) A x_buffer[TILE_SIZE];
-  alignas(64) A dz[TILE_SIZE];
+  alignas(64) A dy_buffer[TILE_SIZE];
+  alignas(64) A residual_buffer[TILE_SIZE];
+  alignas(64) A dz_buffer[TILE_SIZE];
+  alignas(64) A dx_buffer[TILE_SIZE];
   uint8_t flags[TILE_SIZE];
 
   explicit BackwardTile(const Backward& f)
-      : f(f), derive(f.residual ? select_derive<T, true, SAME>(f.act) : select_derive<T, false, SAME>(f.act)) {}
+      : f(f), derive(f.residual ? select_derive<A, true, SAME>(f.act) : select_derive<A, false, SAME>(f.act)) {}
 
-  // The tile at element `at` of x, whose rows lie `stride` apart; its mask rows hold `channels` elements, `mask_stride`
-  // bytes apart.
-  void operator()(int64_t at, int64_t stride, Shape shape, Columns<A> columns, const uint8_t* mask, int64_t mask_stride,
-                  int64_t channels) {
-    const Tile<A> x = load(static_cast<const T*>(f.x) + at, stride, shape, x_buffer);
-    T* dx = static_cast<T*>(f.dx) + at;
+  // The tile at element `at`, whose rows lie `stride` apart.
+  void operator()(int64_t at, int64_t stride, Shape shape, Coefficients<A> coefficients, MaskTile mask) {
+    const Tile<const A> x = load(static_cast<const T*>(f.x) + at, stride, shape, x_buffer);
+    const Tile<A> dz{dz_buffer, shape.width};
     if (f.dy) {
-      const T* dy = static_cast<const T*>(f.dy) + at;
-      if (f.mask) {
-        unpack_rows(mask, mask_stride, shape, channels, flags);
-        derive_from_flags(dy, stride, shape, flags, A(lower_slope(f.act, f.slope)), dz);
+      const Tile<const A> dy = load(static_cast<const T*>(f.dy) + at, stride, shape, dy_buffer);
+      if (mask.bits) {
+        unpack_tile(mask, shape, flags);
+        derive_from_flags(dy, shape, flags, A(lower_slope(f.act, f.slope)), dz);
       } else {
-        const T* residual = f.residual ? static_cast<const T*>(f.residual) + at : nullptr;
-        derive(dy, x, residual, stride, shape, columns, A(f.slope), dz);
+        Tile<const A> residual{nullptr, 0};
+        if (f.residual) residual = load(static_cast<const T*>(f.residual) + at, stride, shape, residual_buffer);
+        derive(dy, x, residual, shape, coefficients, A(f.slope), dz);
       }
     } else if (f.dresidual) {
-      memset(dz, 0, sizeof(dz));
+      memset(dz_buffer, 0, sizeof(dz_buffer));
     }
     if (f.dresidual) store(dz, static_cast<T*>(f.dresidual) + at, stride, shape);
-    const auto combine_tile = f.dy ? (f.dvar ? combine<T, true, true, SAME> : combine<T, true, false, SAME>)
-                                   : (f.dvar ? combine<T, false, true, SAME> : combine<T, false, false, SAME>);
-    combine_tile(dz, x, shape, columns, dx, stride);
+    const auto combine_tile = f.dy ? (f.dvar ? combine<A, true, true, SAME> : combine<A, true, false, SAME>)
+                                   : (f.dvar ? combine<A, false, true, SAME> : combine<A, false, false, SAME>);
+    T* out = static_cast<T*>(f.dx) + at;
+    const Tile<A> dx = target(out, stride, shape, dx_buffer);
+    combine_tile({dz.data, dz.stride}, x, shape, coefficients, dx);
+    store(dx, out, stride, shape);
   }
 };
 
 // ---- the walk over planes: [begin, end) of the N·C planes [L] ----
 
-int64_t mask_bytes(int64_t row_length) { return (row_length + 7) / 8; }
+// Calls tile(plane, first element in the plane, shape) for every tile.
+template <typename Function>
+BNFUSE_INLINE void for_each_plane_tile(int64_t plane_size, int64_t begin, int64_t end, const Function& tile) {
+  for (int64_t plane = begin; plane < end; ++plane)
+    for (int64_t i = 0; i < plane_size; i += PLANE_TILE)
+      tile(plane, i, Shape{1, plane_size - i < PLANE_TILE ? plane_size - i : PLANE_TILE});
+}
 
 template <typename T>
 void forward_planes_of(const Forward& f, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
-  alignas(64) A buffer[TILE_SIZE];
-  uint8_t flags[TILE_SIZE];
-  const auto apply_tile = f.residual ? select_apply<T, true, true>(f.act) : select_apply<T, false, true>(f.act);
-
-  for (int64_t plane = begin; plane < end; ++plane) {
-    const int64_t c = plane % f.channels;
-    const Columns<A> columns{static_cast<const A*>(f.scale) + c, static_cast<const A*>(f.shift) + c, nullptr, nullptr,
-                             nullptr};
-    double mean = 0, m2 = 0;
-    for (int64_t i = 0; i < f.plane_size; i += TILE_SIZE) {
-      const int64_t at = plane * f.plane_size + i;
-      const Shape shape{1, f.plane_size - i < TILE_SIZE ? f.plane_size - i : TILE_SIZE};
-      const Tile<A> x = load(static_cast<const T*>(f.x) + at, shape.width, shape, buffer);
-      add_span(x.data, shape.width, double(i), mean, m2);
-      if (!f.y) continue;
-      const T* residual = f.residual ? static_cast<const T*>(f.residual) + at : nullptr;
-      apply_tile(x, residual, static_cast<T*>(f.y) + at, shape.width, shape, columns, A(f.slope), flags);
-      if (f.mask) pack(flags, shape.width, f.mask + plane * mask_bytes(f.plane_size) + i / 8);
-    }
+  ForwardTile<T, true> forward_tile(f);
+  double mean = 0, m2 = 0;
+  for_each_plane_tile(f.plane_size, begin, end, [&](int64_t plane, int64_t i, Shape shape) {
+    const int64_t c = plane % f.channels, at = plane * f.plane_size + i;
+    const Coefficients<A> coefficients{static_cast<const A*>(f.scale) + c, static_cast<const A*>(f.shift) + c, nullptr,
+                                       nullptr, nullptr};
+    if (i == 0) mean = m2 = 0;
+    const Tile<const A> x = forward_tile.load_x(at, shape.width, shape);
+    add_span(x.data, shape.width, double(i), mean, m2);
+    const MaskTile mask{f.mask ? f.mask + plane * mask_bytes(f.plane_size) + i / 8 : nullptr, shape.width, 0, 0};
+    forward_tile(x, at, shape.width, shape, coefficients, mask);
     f.partial_mean[plane] = mean;
     f.partial_m2[plane] = m2;
-  }
+  });
 }
 
 template <typename T>
 void backward_planes_of(const Backward& f, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   BackwardTile<T, true> backward_tile(f);
-  for (int64_t plane = begin; plane < end; ++plane) {
+  for_each_plane_tile(f.plane_size, begin, end, [&](int64_t plane, int64_t i, Shape shape) {
     const int64_t c = plane % f.channels, group = f.sample_groups[plane / f.channels];
     const int64_t g_c = group * f.channels + c;
     const A count = A(f.counts[group]);
     const A a = f.dmean ? mean_coefficient(static_cast<const A*>(f.dmean)[g_c], count) : A(0);
     const A b = f.dvar ? var_coefficient(static_cast<const A*>(f.dvar)[g_c], count) : A(0);
-    const Columns<A> columns{static_cast<const A*>(f.scale) + c, static_cast<const A*>(f.shift) + c,
-                             static_cast<const A*>(f.mean) + g_c, &a, &b};
-    for (int64_t i = 0; i < f.plane_size; i += TILE_SIZE) {
-      const Shape shape{1, f.plane_size - i < TILE_SIZE ? f.plane_size - i : TILE_SIZE};
-      const uint8_t* mask = f.mask ? f.mask + plane * mask_bytes(f.plane_size) + i / 8 : nullptr;
-      backward_tile(plane * f.plane_size + i, shape.width, shape, columns, mask, 0, shape.width);
-    }
-  }
+    const Coefficients<A> coefficients{static_cast<const A*>(f.scale) + c, static_cast<const A*>(f.shift) + c,
+                                       static_cast<const A*>(f.mean) + g_c, &a, &b};
+    const MaskTile mask{f.mask ? const_cast<uint8_t*>(f.mask) + plane * mask_bytes(f.plane_size) + i / 8 : nullptr,
+                        shape.width, 0, 0};
+    backward_tile(plane * f.plane_size + i, shape.width, shape, coefficients, mask);
+  });
 }
 
-// ---- the walk over rows: chunks [begin, end) of rows [C] ----
+// ---- the walk over columns: items [begin, end), each the columns of one tile in the rows of one chunk ----
 
-// How rows of C channels are cut into tiles.
-struct Tiling {
-  int64_t channels;  // C
-  int64_t fold;      // rows of memory in a row of the tile: a power of two; 1 where C ≥ FOLDED_WIDTH
+// One item of the work, found from its number.
+struct Item {
+  RowChunk rows;
+  int64_t first_channel;
+  Columns columns;
+  int64_t chunk;
 
-  explicit Tiling(int64_t channels) : channels(channels), fold(1) {
-    while (fold * channels < FOLDED_WIDTH) fold *= 2;
+  Item(const ColumnWalk& walk, int64_t number) {
+    chunk = number / walk.channel_tiles;
+    rows = walk.chunks[chunk];
+    first_channel = number % walk.channel_tiles * walk.tile_channels;
+    const int64_t left = walk.channels - first_channel;
+    columns = {left < walk.tile_channels ? left : walk.tile_channels, walk.run, walk.fold};
   }
 
-  // Calls tile(first row, stride, shape) for all tiles of channels [c, c + columns) in rows [begin, end): whole rows of
-  // the tile, and at the end one row with the rows of memory that are left over.
+  // Calls tile(element it starts at, its shape, stride of its rows, row of memory it starts at) for all tiles of the first
+  // `count` rows of memory: whole rows of the tile, and at the end one shorter row with the rows of memory left over.
   template <typename Function>
-  BNFUSE_INLINE void for_each(int64_t begin, int64_t end, int64_t columns, const Function& tile) const {
-    const int64_t width = fold * columns, step = TILE_SIZE / width * fold;
-    for (int64_t row = begin; row < end; row += step) {
-      const int64_t rows = end - row < step ? end - row : step;
-      const int64_t whole = rows / fold, rest = rows % fold;
-      if (whole) tile(row, fold * channels, Shape{whole, width});
-      if (rest) tile(row + whole * fold, fold * channels, Shape{1, rest * columns});
+  BNFUSE_INLINE void for_each_tile(const ColumnWalk& walk, int64_t count, const Function& tile) const {
+    const int64_t row_elements = walk.channels * walk.run;  // of a row of memory
+    const int64_t width = columns.width(), stride = walk.fold * row_elements;
+    const int64_t step = TILE_SIZE / width;
+    const int64_t whole = count / walk.fold, rest = count % walk.fold;
+    const int64_t start = rows.begin * row_elements + first_channel * walk.run;
+    for (int64_t r = 0; r < whole; r += step)
+      tile(start + r * stride, Shape{whole - r < step ? whole - r : step, width}, stride, rows.begin + r * walk.fold);
+    if (rest)
+      tile(start + whole * stride, Shape{1, rest * columns.channels * columns.run}, stride, rows.begin + whole * walk.fold);
+  }
+
+  MaskTile mask(const ColumnWalk& walk, uint8_t* bits, int64_t row) const {
+    if (!bits) return {nullptr, 1, 0, 0};
+    if (walk.run > 1) {  // a row of memory is a sample, and each of its planes has its own bytes
+      const int64_t bytes = mask_bytes(walk.run);
+      return {bits + (row * walk.channels + first_channel) * bytes, walk.run, bytes, walk.channels * bytes};
     }
-  }
-};
-
-// values [channels] and its copies for the folds.
-template <typename A>
-struct ColumnBuffer {
-  alignas(64) A values[TILE_WIDTH];
-
-  template <typename Function>
-  BNFUSE_INLINE void fill(int64_t fold, int64_t channels, const Function& value) {
-    for (int64_t c = 0; c < channels; ++c) values[c] = value(c);
-    repeat_folds(values, fold, channels);
+    const int64_t bytes = mask_bytes(walk.channels);
+    return {bits + row * bytes + first_channel / 8, columns.channels, bytes, walk.fold * bytes};
   }
 };
 
 template <typename T>
-void forward_rows_of(const Forward& f, const RowChunk* chunks, int64_t begin, int64_t end) {
+void forward_columns_of(const Forward& f, const ColumnWalk& walk, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
-  alignas(64) A buffer[TILE_SIZE];
-  uint8_t flags[TILE_SIZE];
+  ForwardTile<T, false> forward_tile(f);
+  ColumnMoments<A> moments;
   ColumnBuffer<A> scale, shift;
-  const Columns<A> columns{scale.values, shift.values, nullptr, nullptr, nullptr};
-  const auto apply_tile = f.residual ? select_apply<T, true, false>(f.act) : select_apply<T, false, false>(f.act);
-  const Tiling tiling(f.channels);
-  const int64_t mask_stride = mask_bytes(f.channels);
+  const Coefficients<A> coefficients{scale.values, shift.values, nullptr, nullptr, nullptr};
 
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    for (int64_t first = 0; first < f.channels; first += TILE_WIDTH) {
-      const int64_t channels = f.channels - first < TILE_WIDTH ? f.channels - first : TILE_WIDTH;
-      if (f.y) {
-        scale.fill(tiling.fold, channels, [&](int64_t c) { return static_cast<const A*>(f.scale)[first + c]; });
-        shift.fill(tiling.fold, channels, [&](int64_t c) { return static_cast<const A*>(f.shift)[first + c]; });
-      }
-      double* mean = f.partial_mean + chunk * f.channels + first;
-      double* m2 = f.partial_m2 + chunk * f.channels + first;
-      for (int64_t c = 0; c < channels; ++c) mean[c] = m2[c] = 0;
-
-      tiling.for_each(chunks[chunk].begin, chunks[chunk].end, channels, [&](int64_t row, int64_t stride, Shape shape) {
-        const int64_t at = row * f.channels + first;
-        const Tile<A> x = load(static_cast<const T*>(f.x) + at, stride, shape, buffer);
-        add_rows(x, shape, tiling.fold, channels, double(row - chunks[chunk].begin), mean, m2);
-        if (!f.y) return;
-        const T* residual = f.residual ? static_cast<const T*>(f.residual) + at : nullptr;
-        apply_tile(x, residual, static_cast<T*>(f.y) + at, stride, shape, columns, A(f.slope), flags);
-        if (f.mask) pack_rows(flags, shape, channels, f.mask + row * mask_stride + first / 8, mask_stride);
-      });
+  for (int64_t number = begin; number < end; ++number) {
+    const Item item(walk, number);
+    const int64_t first = item.first_channel, rows = item.rows.end - item.rows.begin;
+    if (f.y) {
+      scale.fill(item.columns, [&](int64_t c) { return static_cast<const A*>(f.scale)[first + c]; });
+      shift.fill(item.columns, [&](int64_t c) { return static_cast<const A*>(f.shift)[first + c]; });
+    }
+    moments.start(item.columns);
+    const int64_t first_rows = rows < FIRST_ROWS * walk.fold ? rows : FIRST_ROWS * walk.fold;
+    item.for_each_tile(walk, first_rows, [&](int64_t at, Shape shape, int64_t stride, int64_t) {
+      moments.add_to_pivot(forward_tile.load_x(at, stride, shape), shape);
+    });
+    moments.finish_pivot(item.columns, double(first_rows * walk.run));
+    item.for_each_tile(walk, rows, [&](int64_t at, Shape shape, int64_t stride, int64_t row) {
+      const Tile<const A> x = forward_tile.load_x(at, stride, shape);
+      moments.add(x, shape);
+      forward_tile(x, at, stride, shape, coefficients, item.mask(walk, f.mask, row));
+    });
+    const double count = double(rows * walk.run);
+    double* mean = f.partial_mean + item.chunk * f.channels + first;
+    double* m2 = f.partial_m2 + item.chunk * f.channels + first;
+    if (moments.finish(item.columns, count, mean, m2)) continue;
+    ColumnMoments<double> exact;  // once more in float64, about what is the mean but for its last digits
+    exact.start(item.columns);
+    for (int64_t c = 0; c < item.columns.channels; ++c) exact.pivot[c] = is_finite(mean[c]) ? mean[c] : 0;
+    spread(exact.pivot, item.columns);
+    item.for_each_tile(walk, rows, [&](int64_t at, Shape shape, int64_t stride, int64_t) {
+      exact.add(forward_tile.load_x(at, stride, shape), shape);
+    });
+    double exact_mean[COLUMN_TILE], exact_m2[COLUMN_TILE];
+    exact.finish(item.columns, count, exact_mean, exact_m2);
+    for (int64_t c = 0; c < item.columns.channels; ++c) {
+      if (moments.trusted[c]) continue;
+      mean[c] = exact_mean[c];
+      m2[c] = exact_m2[c];
     }
   }
 }
 
 template <typename T>
-void backward_rows_of(const Backward& f, const RowChunk* chunks, int64_t begin, int64_t end) {
+void backward_columns_of(const Backward& f, const ColumnWalk& walk, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   BackwardTile<T, false> backward_tile(f);
   ColumnBuffer<A> scale, shift, mean, a, b;
-  const Columns<A> columns{scale.values, shift.values, mean.values, a.values, b.values};
-  const Tiling tiling(f.channels);
-  const int64_t mask_stride = mask_bytes(f.channels);
+  const Coefficients<A> coefficients{scale.values, shift.values, mean.values, a.values, b.values};
 
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    const int64_t group = chunks[chunk].group;
+  for (int64_t number = begin; number < end; ++number) {
+    const Item item(walk, number);
+    const int64_t first = item.first_channel, group = item.rows.group;
+    const int64_t g_c = group * f.channels + first;
     const A count = A(f.counts[group]);
-    for (int64_t first = 0; first < f.channels; first += TILE_WIDTH) {
-      const int64_t channels = f.channels - first < TILE_WIDTH ? f.channels - first : TILE_WIDTH;
-      const int64_t g_c = group * f.channels + first;
-      if (f.dy) {
-        scale.fill(tiling.fold, channels, [&](int64_t c) { return static_cast<const A*>(f.scale)[first + c]; });
-        shift.fill(tiling.fold, channels, [&](int64_t c) { return static_cast<const A*>(f.shift)[first + c]; });
-      }
-      mean.fill(tiling.fold, channels, [&](int64_t c) { return static_cast<const A*>(f.mean)[g_c + c]; });
-      a.fill(tiling.fold, channels, [&](int64_t c) {
-        return f.dmean ? mean_coefficient(static_cast<const A*>(f.dmean)[g_c + c], count) : A(0);
-      });
-      b.fill(tiling.fold, channels, [&](int64_t c) {
-        return f.dvar ? var_coefficient(static_cast<const A*>(f.dvar)[g_c + c], count) : A(0);
-      });
-      tiling.for_each(chunks[chunk].begin, chunks[chunk].end, channels, [&](int64_t row, int64_t stride, Shape shape) {
-        const uint8_t* mask = f.mask ? f.mask + row * mask_stride + first / 8 : nullptr;
-        backward_tile(row * f.channels + first, stride, shape, columns, mask, mask_stride, channels);
-      });
+    if (f.dy) {
+      scale.fill(item.columns, [&](int64_t c) { return static_cast<const A*>(f.scale)[first + c]; });
+      shift.fill(item.columns, [&](int64_t c) { return static_cast<const A*>(f.shift)[first + c]; });
     }
+    mean.fill(item.columns, [&](int64_t c) { return static_cast<const A*>(f.mean)[g_c + c]; });
+    a.fill(item.columns, [&](int64_t c) {
+      return f.dmean ? mean_coefficient(static_cast<const A*>(f.dmean)[g_c + c], count) : A(0);
+    });
+    b.fill(item.columns, [&](int64_t c) {
+      return f.dvar ? var_coefficient(static_cast<const A*>(f.dvar)[g_c + c], count) : A(0);
+    });
+    item.for_each_tile(walk, item.rows.end - item.rows.begin, [&](int64_t at, Shape shape, int64_t stride, int64_t row) {
+      backward_tile(at, stride, shape, coefficients, item.mask(walk, const_cast<uint8_t*>(f.mask), row));
+    });
   }
 }
 
 // ---- by dtype ----
 
-void forward_planes(const Forward& f, int64_t begin, int64_t end) {
-  switch (f.dtype) {
-    case DType::float32: return forward_planes_of<float>(f, begin, end);
-    case DType::float64: return forward_planes_of<double>(f, begin, end);
-    case DType::bfloat16: return forward_planes_of<BFloat16>(f, begin, end);
-    case DType::float16: return forward_planes_of<Half>(f, begin, end);
+// function<T>(arguments) with the element type that dtype names.
+#define BNFUSE_BY_DTYPE(dtype, function, ...)                           \
+  switch (dtype) {                                                      \
+    case DType::float32: return function<float>(__VA_ARGS__);           \
+    case DType::float64: return function<double>(__VA_ARGS__);          \
+    case DType::bfloat16: return function<BFloat16>(__VA_ARGS__);       \
+    case DType::float16: return function<Half>(__VA_ARGS__);            \
   }
+
+void forward_planes(const Forward& f, int64_t begin, int64_t end) {
+  BNFUSE_BY_DTYPE(f.dtype, forward_planes_of, f, begin, end)
 }
 
-void forward_rows(const Forward& f, const RowChunk* chunks, int64_t begin, int64_t end) {
-  switch (f.dtype) {
-    case DType::float32: return forward_rows_of<float>(f, chunks, begin, end);
-    case DType::float64: return forward_rows_of<double>(f, chunks, begin, end);
-    case DType::bfloat16: return forward_rows_of<BFloat16>(f, chunks, begin, end);
-    case DType::float16: return forward_rows_of<Half>(f, chunks, begin, end);
-  }
+void forward_columns(const Forward& f, const ColumnWalk& walk, int64_t begin, int64_t end) {
+  BNFUSE_BY_DTYPE(f.dtype, forward_columns_of, f, walk, begin, end)
 }
 
 void backward_planes(const Backward& f, int64_t begin, int64_t end) {
-  switch (f.dtype) {
-    case DType::float32: return backward_planes_of<float>(f, begin, end);
-    case DType::float64: return backward_planes_of<double>(f, begin, end);
-    case DType::bfloat16: return backward_planes_of<BFloat16>(f, begin, end);
-    case DType::float16: return backward_planes_of<Half>(f, begin, end);
-  }
+  BNFUSE_BY_DTYPE(f.dtype, backward_planes_of, f, begin, end)
 }
 
-void backward_rows(const Backward& f, const RowChunk* chunks, int64_t begin, int64_t end) {
-  switch (f.dtype) {
-    case DType::float32: return backward_rows_of<float>(f, chunks, begin, end);
-    case DType::float64: return backward_rows_of<double>(f, chunks, begin, end);
-    case DType::bfloat16: return backward_rows_of<BFloat16>(f, chunks, begin, end);
-    case DType::float16: return backward_rows_of<Half>(f, chunks, begin, end);
-  }
+void backward_columns(const Backward& f, const ColumnWalk& walk, int64_t begin, int64_t end) {
+  BNFUSE_BY_DTYPE(f.dtype, backward_columns_of, f, walk, begin, end)
 }
+
+#undef BNFUSE_BY_DTYPE
 
 }  // namespace
 
-const Kernels BNFUSE_KERNELS = {BNFUSE_INSTRUCTION_SET, forward_planes, forward_rows, backward_planes, backward_rows};
+const Kernels BNFUSE_KERNELS = {BNFUSE_INSTRUCTION_SET, forward_planes, forward_columns, backward_planes, backward_columns};
 
 }  // namespace bnfuse

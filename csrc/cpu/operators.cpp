@@ -11,12 +11,15 @@
 
 #include <algorithm>
 #include <array>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "describe.h"
 #include "kernels.h"
+#include "pool.h"
 
 namespace bnfuse {
 namespace {
@@ -26,35 +29,10 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t ELEMENTS_PER_THREAD = 32768;  // fewer do not pay for waking a thread
-constexpr int64_t CHUNK_ELEMENTS = 65536;       // of the walk over rows: fixed, whatever the number of threads
-constexpr int64_t CHUNK_ROWS = 128;             // at least, so that partial moments stay few beside the elements
-
-// ---- descriptions for messages ----
-
-const char* dtype_name(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Byte: return "uint8";
-    default: return "another dtype";
-  }
-}
-
-template <typename Values>
-std::string list(const Values& values) {
-  std::string text = "[";
-  for (size_t i = 0; i < values.size(); ++i) text += (i ? ", " : "") + std::to_string(values[i]);
-  return text + "]";
-}
-
-std::string describe(const Tensor& tensor) {
-  return std::string(dtype_name(tensor.scalar_type())) + " " + list(tensor.sizes()) + " with strides " +
-         list(tensor.strides());
-}
+constexpr int64_t SMALL_PLANE = 128;            // planes of up to as many elements are walked as columns
+constexpr int64_t FOLDED_WIDTH = 64;            // narrower rows are folded until a long row has as many columns
+constexpr int64_t ITEM_ELEMENTS = 65536;        // of the walk over columns, about
+constexpr int64_t ITEMS = 32;                   // are enough to keep threads equally busy
 
 // ---- x [N, C, *spatial] and the groups, checked ----
 
@@ -126,7 +104,7 @@ Tensor check_statistics(const char* name, const Tensor& tensor, const Tensor& x,
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == moment_dtype(x) && sizes.size() == shape.size() &&
                       std::equal(shape.begin(), shape.end(), sizes.begin()),
                   name, " must be ", dtype_name(moment_dtype(x)), " ", list(shape), ", got ", describe(tensor));
-  return torch::stable::contiguous(tensor);
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 OptionalTensor check_statistics(const char* name, const OptionalTensor& tensor, const Tensor& x,
@@ -142,7 +120,7 @@ std::vector<int64_t> check_group_starts(const Tensor& group_starts, const Tensor
   STD_TORCH_CHECK(group_starts.is_cpu() && group_starts.scalar_type() == ScalarType::Long && group_starts.dim() == 1 &&
                       group_starts.numel() >= 2,
                   "group_starts must be int64 [G + 1] with at least one group, got ", describe(group_starts));
-  const Tensor contiguous = torch::stable::contiguous(group_starts);
+  const Tensor contiguous = group_starts.is_contiguous() ? group_starts : torch::stable::contiguous(group_starts);
   const int64_t* first = contiguous.const_data_ptr<int64_t>();
   std::vector<int64_t> starts(first, first + contiguous.numel());
   STD_TORCH_CHECK(starts.front() == 0 && starts.back() == x.size(0) && std::is_sorted(starts.begin(), starts.end()),
@@ -177,17 +155,43 @@ void in_parallel(int64_t items, int64_t elements, const Run& run) {
   torch::stable::parallel_for(0, items, grain, run);
 }
 
-// The rows of every group in chunks of a fixed number of rows, so that no chunk holds rows of two groups.
-std::vector<RowChunk> cut_rows(const Input& input, const std::vector<int64_t>& group_starts) {
-  const int64_t step = std::max(CHUNK_ROWS, CHUNK_ELEMENTS / std::max<int64_t>(1, input.channels));
+// Whether x is walked as planes; otherwise as columns (see kernels.h).
+bool walks_planes(const Input& input) { return input.planes && input.plane_size > SMALL_PLANE; }
+
+// The walk over columns with its chunks. How it is cut depends on shapes alone, so that the sums run in one order
+// whatever the number of threads.
+struct CutColumns {
   std::vector<RowChunk> chunks;
-  for (size_t group = 0; group + 1 < group_starts.size(); ++group) {
-    const int64_t end = group_starts[group + 1] * input.plane_size;
-    for (int64_t row = group_starts[group] * input.plane_size; row < end; row += step)
-      chunks.push_back({row, std::min(row + step, end), static_cast<int64_t>(group)});
+  ColumnWalk walk;
+  int64_t items() const { return static_cast<int64_t>(chunks.size()) * walk.channel_tiles; }
+
+  CutColumns(const Input& input, const std::vector<int64_t>& group_starts) {
+    const int64_t channels = std::max<int64_t>(1, input.channels);
+    const int64_t rows_a_sample = input.planes ? 1 : input.plane_size;
+    walk.channels = input.channels;
+    walk.run = input.planes ? input.plane_size : 1;
+    walk.fold = 1;
+    while (walk.run == 1 && walk.fold * channels < FOLDED_WIDTH) walk.fold *= 2;
+
+    const int64_t rows = group_starts.back() * rows_a_sample;
+    int64_t width = std::min(COLUMN_TILE, walk.fold * channels * walk.run);
+    const int64_t step = walk.fold * std::clamp<int64_t>(ITEM_ELEMENTS / width, 16, 128);
+    for (size_t group = 0; group + 1 < group_starts.size(); ++group) {
+      const int64_t end = group_starts[group + 1] * rows_a_sample;
+      for (int64_t row = group_starts[group] * rows_a_sample; row < end; row += step)
+        chunks.push_back({row, std::min(row + step, end), static_cast<int64_t>(group)});
+    }
+    walk.chunks = chunks.data();
+    for (;; width /= 2) {
+      const int64_t tiles = (walk.fold * channels * walk.run + width - 1) / width;
+      int64_t tile_channels = std::clamp<int64_t>((channels + tiles - 1) / tiles, 1, COLUMN_TILE / (walk.fold * walk.run));
+      if (walk.run == 1 && tile_channels < channels) tile_channels = (tile_channels + 7) / 8 * 8;
+      walk.tile_channels = tile_channels;
+      walk.channel_tiles = (input.channels + tile_channels - 1) / tile_channels;
+      if (items() >= ITEMS || width < 1024 || rows == 0) break;
+    }
   }
-  return chunks;
-}
+};
 
 // [N] the group of each sample.
 std::vector<int64_t> groups_of_samples(const std::vector<int64_t>& group_starts) {
@@ -198,6 +202,8 @@ std::vector<int64_t> groups_of_samples(const std::vector<int64_t>& group_starts)
 }
 
 // ---- forward ----
+
+Tensor empty_output(const Tensor& x) { return Tensor(pooled_empty_like(x.get())); }
 
 // Partial moments [partials, C] of every group, in order, merged into mean and var [G, C]. `counts` and `groups`
 // [partials] are the elements a channel of each partial and its group.
@@ -233,21 +239,23 @@ void merge_partials(const double* partial_mean, const double* partial_m2, const 
 // Runs the forward pass described by `f`, whose y, residual, scale, shift and mask are set; returns mean, var [G, C].
 std::tuple<Tensor, Tensor> run_forward(Forward f, const Input& input, const Tensor& x,
                                        const std::vector<int64_t>& group_starts) {
-  const std::vector<RowChunk> chunks = input.planes ? std::vector<RowChunk>() : cut_rows(input, group_starts);
+  const bool planes = walks_planes(input);
+  std::optional<CutColumns> columns;
   std::vector<int64_t> groups;
   std::vector<double> counts;
-  if (input.planes) {
+  if (planes) {
     groups = groups_of_samples(group_starts);
     counts.assign(groups.size(), static_cast<double>(input.plane_size));
   } else {
-    for (const RowChunk& chunk : chunks) {
+    columns.emplace(input, group_starts);
+    for (const RowChunk& chunk : columns->chunks) {
       groups.push_back(chunk.group);
-      counts.push_back(static_cast<double>(chunk.end - chunk.begin));
+      counts.push_back(static_cast<double>((chunk.end - chunk.begin) * columns->walk.run));
     }
   }
   const int64_t partials = static_cast<int64_t>(groups.size());
   const int64_t group_count = static_cast<int64_t>(group_starts.size()) - 1;
-  Tensor workspace = torch::stable::new_empty(x, {2, partials, input.channels}, ScalarType::Double);
+  const std::unique_ptr<double[]> workspace(new double[2 * partials * input.channels]);
   Tensor mean = torch::stable::new_empty(x, {group_count, input.channels}, moment_dtype(x));
   Tensor var = torch::stable::new_empty(x, {group_count, input.channels}, moment_dtype(x));
 
@@ -255,14 +263,14 @@ std::tuple<Tensor, Tensor> run_forward(Forward f, const Input& input, const Tens
   f.channels = input.channels;
   f.plane_size = input.plane_size;
   f.x = x.const_data_ptr();
-  f.partial_mean = workspace.mutable_data_ptr<double>();
+  f.partial_mean = workspace.get();
   f.partial_m2 = f.partial_mean + partials * input.channels;
-  if (input.planes) {
+  if (planes) {
     in_parallel(input.samples * input.channels, x.numel(),
                 [&](int64_t begin, int64_t end) { kernels().forward_planes(f, begin, end); });
   } else {
-    in_parallel(partials, x.numel(),
-                [&](int64_t begin, int64_t end) { kernels().forward_rows(f, chunks.data(), begin, end); });
+    in_parallel(columns->items(), x.numel(),
+                [&](int64_t begin, int64_t end) { kernels().forward_columns(f, columns->walk, begin, end); });
   }
   if (input.dtype == DType::float64) {
     merge_partials(f.partial_mean, f.partial_m2, counts, groups, input.channels, group_count,
@@ -289,7 +297,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_forward(const Tensor& x, const Opt
   f.residual = check_like_x("residual", residual, x);
   f.scale = scale_c.const_data_ptr();
   f.shift = shift_c.const_data_ptr();
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = empty_output(x);
   f.y = y.mutable_data_ptr();
   const bool needs_mask = residual && is_two_slope(f.act);
   const auto [rows, bytes] = mask_shape(input);
@@ -307,9 +315,9 @@ std::tuple<Tensor, Tensor> group_moments(const Tensor& x, const Tensor& group_st
 
 // ---- backward ----
 
-// Runs the backward pass described by `f`, whose dy, residual, mask, scale, shift, dresidual are set; returns dx.
-Tensor run_backward(Backward f, const Input& input, const Tensor& x, const Tensor& mean, const OptionalTensor& dmean,
-                    const OptionalTensor& dvar, const std::vector<int64_t>& group_starts) {
+// Runs the backward pass described by `f`, whose dy, residual, mask, scale, shift, dx and dresidual are set.
+void run_backward(Backward f, const Input& input, const Tensor& x, const Tensor& mean, const OptionalTensor& dmean,
+                  const OptionalTensor& dvar, const std::vector<int64_t>& group_starts) {
   const int64_t group_count = static_cast<int64_t>(group_starts.size()) - 1;
   const std::vector<int64_t> shape{group_count, input.channels};
   const Tensor mean_c = check_statistics("mean", mean, x, shape);
@@ -319,7 +327,6 @@ Tensor run_backward(Backward f, const Input& input, const Tensor& x, const Tenso
   for (int64_t group = 0; group < group_count; ++group)
     counts[group] = (group_starts[group + 1] - group_starts[group]) * input.plane_size;
 
-  Tensor dx = torch::stable::empty_like(x);
   f.dtype = input.dtype;
   f.channels = input.channels;
   f.plane_size = input.plane_size;
@@ -328,25 +335,23 @@ Tensor run_backward(Backward f, const Input& input, const Tensor& x, const Tenso
   f.dmean = data(dmean_c);
   f.dvar = data(dvar_c);
   f.counts = counts.data();
-  f.dx = dx.mutable_data_ptr();
-  if (input.planes) {
+  if (walks_planes(input)) {
     const std::vector<int64_t> groups = groups_of_samples(group_starts);
     f.sample_groups = groups.data();
     in_parallel(input.samples * input.channels, x.numel(),
                 [&](int64_t begin, int64_t end) { kernels().backward_planes(f, begin, end); });
   } else {
-    const std::vector<RowChunk> chunks = cut_rows(input, group_starts);
-    in_parallel(static_cast<int64_t>(chunks.size()), x.numel(),
-                [&](int64_t begin, int64_t end) { kernels().backward_rows(f, chunks.data(), begin, end); });
+    const CutColumns columns(input, group_starts);
+    in_parallel(columns.items(), x.numel(),
+                [&](int64_t begin, int64_t end) { kernels().backward_columns(f, columns.walk, begin, end); });
   }
-  return dx;
 }
 
-std::tuple<Tensor, Tensor> bn_backward(const OptionalTensor& dy, const Tensor& x, const OptionalTensor& residual,
-                                       const Tensor& mask, const Tensor& scale, const Tensor& shift, const Tensor& mean,
-                                       const OptionalTensor& dmean, const OptionalTensor& dvar,
-                                       const Tensor& group_starts, const std::string& act, double slope,
-                                       bool want_dresidual) {
+// bn_backward, dx written to `dx`, which may be dy; returns dresidual, or an empty tensor.
+Tensor run_bn_backward(const OptionalTensor& dy, const Tensor& x, const OptionalTensor& residual, const Tensor& mask,
+                       const Tensor& scale, const Tensor& shift, const Tensor& mean, const OptionalTensor& dmean,
+                       const OptionalTensor& dvar, const Tensor& group_starts, const std::string& act, double slope,
+                       bool want_dresidual, Tensor dx) {
   const Input input = check_x(x);
   const std::vector<int64_t> starts = check_group_starts(group_starts, x);
   const Tensor scale_c = check_statistics("scale", scale, x, {input.channels});
@@ -366,16 +371,41 @@ std::tuple<Tensor, Tensor> bn_backward(const OptionalTensor& dy, const Tensor& x
                     "mask must be contiguous uint8 [", rows, ", ", bytes, "] or empty, got ", describe(mask));
     f.mask = mask.const_data_ptr<uint8_t>();
   }
-  Tensor dresidual = want_dresidual ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  f.dx = dx.mutable_data_ptr();
+  Tensor dresidual = want_dresidual ? empty_output(x) : torch::stable::new_empty(x, {0});
   f.dresidual = want_dresidual ? dresidual.mutable_data_ptr() : nullptr;
-  const Tensor dx = run_backward(f, input, x, mean, dmean, dvar, starts);
+  run_backward(f, input, x, mean, dmean, dvar, starts);
+  return dresidual;
+}
+
+std::tuple<Tensor, Tensor> bn_backward(const OptionalTensor& dy, const Tensor& x, const OptionalTensor& residual,
+                                       const Tensor& mask, const Tensor& scale, const Tensor& shift, const Tensor& mean,
+                                       const OptionalTensor& dmean, const OptionalTensor& dvar,
+                                       const Tensor& group_starts, const std::string& act, double slope,
+                                       bool want_dresidual) {
+  const Tensor dx = empty_output(x);
+  const Tensor dresidual = run_bn_backward(dy, x, residual, mask, scale, shift, mean, dmean, dvar, group_starts, act,
+                                           slope, want_dresidual, dx);
   return {dx, dresidual};
+}
+
+// dx takes dy's place.
+Tensor bn_backward_(const Tensor& dy, const Tensor& x, const OptionalTensor& residual, const Tensor& mask,
+                    const Tensor& scale, const Tensor& shift, const Tensor& mean, const OptionalTensor& dmean,
+                    const OptionalTensor& dvar, const Tensor& group_starts, const std::string& act, double slope,
+                    bool want_dresidual) {
+  check_like_x("dy", dy, x);
+  return run_bn_backward(dy, x, residual, mask, scale, shift, mean, dmean, dvar, group_starts, act, slope,
+                         want_dresidual, dy);
 }
 
 Tensor group_moments_backward(const Tensor& x, const Tensor& mean, const OptionalTensor& dmean,
                               const OptionalTensor& dvar, const Tensor& group_starts) {
-  const Input input = check_x(x);
-  return run_backward(Backward{}, input, x, mean, dmean, dvar, check_group_starts(group_starts, x));
+  const Tensor dx = empty_output(x);
+  Backward f{};
+  f.dx = dx.mutable_data_ptr();
+  run_backward(f, check_x(x), x, mean, dmean, dvar, check_group_starts(group_starts, x));
+  return dx;
 }
 
 }  // namespace
@@ -389,6 +419,9 @@ STABLE_TORCH_LIBRARY(bnfuse_cpp, m) {
       "bn_backward(Tensor? dy, Tensor x, Tensor? residual, Tensor mask, Tensor scale, Tensor shift, Tensor mean, "
       "Tensor? dmean, Tensor? dvar, Tensor group_starts, str act, float slope, bool want_dresidual) "
       "-> (Tensor, Tensor)");
+  m.def(
+      "bn_backward_(Tensor(a!) dy, Tensor x, Tensor? residual, Tensor mask, Tensor scale, Tensor shift, Tensor mean, "
+      "Tensor? dmean, Tensor? dvar, Tensor group_starts, str act, float slope, bool want_dresidual) -> Tensor");
   m.def("group_moments(Tensor x, Tensor group_starts) -> (Tensor, Tensor)");
   m.def("group_moments_backward(Tensor x, Tensor mean, Tensor? dmean, Tensor? dvar, Tensor group_starts) -> Tensor");
 }
@@ -396,6 +429,7 @@ STABLE_TORCH_LIBRARY(bnfuse_cpp, m) {
 STABLE_TORCH_LIBRARY_IMPL(bnfuse_cpp, CPU, m) {
   m.impl("bn_forward", TORCH_BOX(&bnfuse::bn_forward));
   m.impl("bn_backward", TORCH_BOX(&bnfuse::bn_backward));
+  m.impl("bn_backward_", TORCH_BOX(&bnfuse::bn_backward_));
   m.impl("group_moments", TORCH_BOX(&bnfuse::group_moments));
   m.impl("group_moments_backward", TORCH_BOX(&bnfuse::group_moments_backward));
 }

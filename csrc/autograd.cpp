@@ -1,0 +1,315 @@
+// The gradients of bnfuse_cpp's operators, and nothing else: which tensors are kept, and which kernel runs backward.
+//
+// This file alone uses the full C++ API of torch, since the stable one has no autograd; in Python the same takes a
+// quarter of a millisecond a site, more than the kernels of a small one.
+#include <ATen/ATen.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace bnfuse {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using OptionalTensor = std::optional<Tensor>;
+using TwoTensors = std::tuple<Tensor, Tensor>;
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// bnfuse_cpp's operator of this name, whose C++ signature is Signature.
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+const auto& bn_forward_op() {
+  static const auto op = find<FourTensors(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                                          const Tensor&, c10::string_view, double)>("bnfuse_cpp::bn_forward");
+  return op;
+}
+
+const auto& bn_backward_op() {
+  static const auto op =
+      find<TwoTensors(const OptionalTensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                      const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                      c10::string_view, double, bool)>("bnfuse_cpp::bn_backward");
+  return op;
+}
+
+const auto& bn_backward_in_place_op() {
+  static const auto op =
+      find<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
+                  const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, c10::string_view, double,
+                  bool)>("bnfuse_cpp::bn_backward_");
+  return op;
+}
+
+const auto& group_moments_op() {
+  static const auto op = find<TwoTensors(const Tensor&, const Tensor&)>("bnfuse_cpp::group_moments");
+  return op;
+}
+
+const auto& group_moments_backward_op() {
+  static const auto op = find<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                     const Tensor&)>("bnfuse_cpp::group_moments_backward");
+  return op;
+}
+
+const auto& bn_loss_op() {
+  static const auto op =
+      find<FourTensors(at::TensorList, at::TensorList, const Tensor&, const Tensor&, const OptionalTensor&,
+                       const Tensor&, c10::string_view, bool, double, double, double, double)>("bnfuse_cpp::bn_loss");
+  return op;
+}
+
+OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+
+// Whether nobody but this backward pass will ever see what is in `gradient`, so that it may be overwritten: the test
+// that torch's own accumulation of gradients makes before it takes one over.
+bool is_ours_alone(const Tensor& gradient) {
+  return !at::GradMode::is_enabled() && !at::isTensorSubclassLike(gradient) && gradient.use_count() == 1 &&
+         gradient.storage().use_count() == 1 && !gradient.requires_grad();
+}
+
+// ---- bn_forward ----
+
+struct BnForward : torch::autograd::Function<BnForward> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& residual,
+                               const Tensor& scale, const Tensor& shift, const Tensor& group_starts,
+                               const std::string& act, double slope) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, mean, var, mask] = bn_forward_op().call(x, residual, scale, shift, group_starts, act, slope);
+    // With a mask the residual is not needed again; without a residual there is nothing to keep but x.
+    const bool keeps_residual = residual && act != "identity" && mask.sym_numel() == 0;
+    ctx->save_for_backward({x, keeps_residual ? *residual : Tensor(), scale, shift, group_starts, mean, mask});
+    ctx->saved_data["act"] = act;
+    ctx->saved_data["slope"] = slope;
+    ctx->saved_data["has_residual"] = residual.has_value();
+    ctx->set_materialize_grads(false);
+    ctx->mark_non_differentiable({mask});
+    return {y, mean, var, mask};
+  }
+
+  // By reference, so that a gradient that nobody else holds is seen to be so.
+  static variable_list backward(AutogradContext* ctx, variable_list& gradients) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &mask = saved[6], &dmean = gradients[1], &dvar = gradients[2];
+    const OptionalTensor residual = optional(saved[1]);
+    const std::string& act = ctx->saved_data["act"].toStringRef();
+    const double slope = ctx->saved_data["slope"].toDouble();
+    const bool identity = act == "identity";
+
+    Tensor& dy = gradients[0];
+    if (dy.defined() && dy.sym_strides() != x.sym_strides()) dy = at::empty_like(x).copy_(dy);
+    const bool wants_dresidual = ctx->saved_data["has_residual"].toBool() && ctx->needs_input_grad(1) && dy.defined();
+    const bool derives_dresidual = wants_dresidual && !identity;
+    Tensor dx, dresidual;
+    if (ctx->needs_input_grad(0) || derives_dresidual) {
+      if (dy.defined() && !(wants_dresidual && identity) && is_ours_alone(dy)) {
+        dresidual = bn_backward_in_place_op().call(dy, x, residual, mask, saved[2], saved[3], saved[5], optional(dmean),
+                                                   optional(dvar), saved[4], act, slope, derives_dresidual);
+        dx = dy;
+      } else {
+        std::tie(dx, dresidual) =
+            bn_backward_op().call(optional(dy), x, residual, mask, saved[2], saved[3], saved[5], optional(dmean),
+                                  optional(dvar), saved[4], act, slope, derives_dresidual);
+      }
+    }
+    if (wants_dresidual && identity) dresidual = dy;
+    return {dx, wants_dresidual ? dresidual : Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+FourTensors bn_forward(const Tensor& x, const OptionalTensor& residual, const Tensor& scale, const Tensor& shift,
+                       const Tensor& group_starts, c10::string_view act, double slope) {
+  const variable_list out = BnForward::apply(x, residual, scale, shift, group_starts, std::string(act), slope);
+  return {out[0], out[1], out[2], out[3]};
+}
+
+// ---- group_moments ----
+
+struct GroupMoments : torch::autograd::Function<GroupMoments> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& group_starts) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    auto [mean, var] = group_moments_op().call(x, group_starts);
+    ctx->save_for_backward({x, group_starts, mean});
+    ctx->set_materialize_grads(false);
+    return {mean, var};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
+    const variable_list saved = ctx->get_saved_variables();
+    return {group_moments_backward_op().call(saved[0], saved[2], optional(gradients[0]), optional(gradients[1]), saved[1]),
+            Tensor()};
+  }
+};
+
+TwoTensors group_moments(const Tensor& x, const Tensor& group_starts) {
+  const variable_list out = GroupMoments::apply(x, group_starts);
+  return {out[0], out[1]};
+}
+
+// ---- bn_loss: the coefficients are ready, backward scales them ----
+
+struct BnLoss : torch::autograd::Function<BnLoss> {
+  static variable_list forward(AutogradContext* ctx, at::TensorList mean, at::TensorList var, const Tensor& target_mean,
+                               const Tensor& target_var, const OptionalTensor& classes, const Tensor& site_weights,
+                               const std::string& distance, bool use_std, double eps, double slack, double mean_weight,
+                               double var_weight) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    auto [loss, distances, dmean, dvar] = bn_loss_op().call(mean, var, target_mean, target_var, classes, site_weights,
+                                                            distance, use_std, eps, slack, mean_weight, var_weight);
+    ctx->save_for_backward({dmean, dvar});
+    std::vector<int64_t> channels;
+    for (const Tensor& site : mean) channels.push_back(site.size(1));
+    ctx->saved_data["channels"] = channels;
+    ctx->saved_data["groups"] = mean[0].size(0);
+    ctx->set_materialize_grads(false);
+    ctx->mark_non_differentiable({distances, dmean, dvar});
+    return {loss, distances, dmean, dvar};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
+    const variable_list saved = ctx->get_saved_variables();
+    const std::vector<int64_t> channels = ctx->saved_data["channels"].toIntVector();
+    const int64_t groups = ctx->saved_data["groups"].toInt();
+    variable_list result;
+    for (const Tensor& coefficients : saved) {
+      const Tensor scaled = gradients[0].defined() ? coefficients * gradients[0] : Tensor();
+      int64_t at = 0;
+      for (const int64_t c : channels) {
+        result.push_back(scaled.defined() ? scaled.narrow(0, at, groups * c).view({groups, c}) : Tensor());
+        at += groups * c;
+      }
+    }
+    result.resize(result.size() + 10);  // the targets, classes, weights and options
+    return result;
+  }
+};
+
+FourTensors bn_loss(at::TensorList mean, at::TensorList var, const Tensor& target_mean, const Tensor& target_var,
+                    const OptionalTensor& classes, const Tensor& site_weights, c10::string_view distance, bool use_std,
+                    double eps, double slack, double mean_weight, double var_weight) {
+  const variable_list out = BnLoss::apply(mean, var, target_mean, target_var, classes, site_weights,
+                                          std::string(distance), use_std, eps, slack, mean_weight, var_weight);
+  return {out[0], out[1], out[2], out[3]};
+}
+
+// ---- frozen_convolution: as torch's, but for what it keeps ----
+//
+// The gradient of a convolution's input needs the weight and the input's shape; its values are for the weight's gradient
+// alone, which a frozen network never asks for. torch keeps them all the same. Here they are not kept, and what is left for
+// backward of a BatchNorm, its activation and the convolution after it is one tensor instead of two.
+
+struct FrozenConvolution : torch::autograd::Function<FrozenConvolution> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                        const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                        const std::vector<int64_t>& dilation, int64_t groups) {
+    TORCH_CHECK(!weight.requires_grad() && !(bias && bias->requires_grad()),
+                "frozen_convolution gives no gradient to weight and bias; freeze the network with bnfuse.freeze(model)");
+    ctx->save_for_backward({weight});
+    ctx->saved_data["sizes"] = x.sizes().vec();
+    ctx->saved_data["strides"] = x.strides().vec();
+    ctx->saved_data["dtype"] = x.scalar_type();
+    ctx->saved_data["stride"] = stride;
+    ctx->saved_data["padding"] = padding;
+    ctx->saved_data["dilation"] = dilation;
+    ctx->saved_data["groups"] = groups;
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return at::convolution(x, weight, bias, stride, padding, dilation, false, std::vector<int64_t>(stride.size()), groups);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
+    auto& data = ctx->saved_data;
+    const Tensor weight = ctx->get_saved_variables()[0];
+    const std::vector<int64_t> stride = data["stride"].toIntVector();
+    // Of the input's shape and layout; nothing is read from it, and memory that nobody touches costs nothing.
+    const Tensor x = at::empty_strided(data["sizes"].toIntVector(), data["strides"].toIntVector(),
+                                       weight.options().dtype(data["dtype"].toScalarType()));
+    const auto [dx, _weight, _bias] = at::convolution_backward(
+        gradients[0], x, weight, std::nullopt, stride, data["padding"].toIntVector(), data["dilation"].toIntVector(), false,
+        std::vector<int64_t>(stride.size()), data["groups"].toInt(), {true, false, false});
+    return {dx, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Tensor frozen_convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
+                          at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  return FrozenConvolution::apply(x, weight, bias, stride.vec(), padding.vec(), dilation.vec(), groups);
+}
+
+Tensor convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
+                   at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  return at::convolution(x, weight, bias, stride, padding, dilation, false, std::vector<int64_t>(stride.size()), groups);
+}
+
+// ---- the backward passes have no derivative of their own: asking for one is an error, not a wrong number ----
+
+const char* const NO_SECOND_ORDER =
+    "bnfuse's operators are differentiable once; for second-order gradients use backend='reference', or the functions of "
+    "bnfuse.reference, which plain autograd differentiates any number of times";
+
+struct BnBackward : torch::autograd::Function<BnBackward> {
+  static variable_list forward(AutogradContext*, const OptionalTensor& dy, const Tensor& x,
+                               const OptionalTensor& residual, const Tensor& mask, const Tensor& scale,
+                               const Tensor& shift, const Tensor& mean, const OptionalTensor& dmean,
+                               const OptionalTensor& dvar, const Tensor& group_starts, const std::string& act,
+                               double slope, bool want_dresidual) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    auto [dx, dresidual] = bn_backward_op().call(dy, x, residual, mask, scale, shift, mean, dmean, dvar, group_starts,
+                                                 act, slope, want_dresidual);
+    return {dx, dresidual};
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) { TORCH_CHECK(false, NO_SECOND_ORDER); }
+};
+
+TwoTensors bn_backward(const OptionalTensor& dy, const Tensor& x, const OptionalTensor& residual, const Tensor& mask,
+                       const Tensor& scale, const Tensor& shift, const Tensor& mean, const OptionalTensor& dmean,
+                       const OptionalTensor& dvar, const Tensor& group_starts, c10::string_view act, double slope,
+                       bool want_dresidual) {
+  const variable_list out = BnBackward::apply(dy, x, residual, mask, scale, shift, mean, dmean, dvar, group_starts,
+                                              std::string(act), slope, want_dresidual);
+  return {out[0], out[1]};
+}
+
+struct GroupMomentsBackward : torch::autograd::Function<GroupMomentsBackward> {
+  static variable_list forward(AutogradContext*, const Tensor& x, const Tensor& mean, const OptionalTensor& dmean,
+                               const OptionalTensor& dvar, const Tensor& group_starts) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return {group_moments_backward_op().call(x, mean, dmean, dvar, group_starts)};
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) { TORCH_CHECK(false, NO_SECOND_ORDER); }
+};
+
+Tensor group_moments_backward(const Tensor& x, const Tensor& mean, const OptionalTensor& dmean, const OptionalTensor& dvar,
+                              const Tensor& group_starts) {
+  return GroupMomentsBackward::apply(x, mean, dmean, dvar, group_starts)[0];
+}
+
+}  // namespace
+}  // namespace bnfuse
+
+TORCH_LIBRARY_FRAGMENT(bnfuse_cpp, m) {
+  m.def(
+      "frozen_convolution(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups) "
+      "-> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(bnfuse_cpp, Autograd, m) { m.impl("frozen_convolution", &bnfuse::frozen_convolution); }
+
+TORCH_LIBRARY_IMPL(bnfuse_cpp, CompositeExplicitAutograd, m) { m.impl("frozen_convolution", &bnfuse::convolution); }
+
+TORCH_LIBRARY_IMPL(bnfuse_cpp, AutogradCPU, m) {
+  m.impl("bn_forward", &bnfuse::bn_forward);
+  m.impl("bn_backward", &bnfuse::bn_backward);
+  m.impl("group_moments", &bnfuse::group_moments);
+  m.impl("group_moments_backward", &bnfuse::group_moments_backward);
+  m.impl("bn_loss", &bnfuse::bn_loss);
+}

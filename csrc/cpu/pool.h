@@ -1,0 +1,29 @@
+// Memory of freed outputs, kept for the next ones.
+//
+// A step frees and allocates the same large activations again and again. The C library gives large blocks back to the
+// system each time, and fresh pages cost several times what it takes to fill them. Blocks of the pool are kept instead;
+// what is kept never exceeds what was in use at once.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <cstdint>
+
+namespace bnfuse {
+
+// An uninitialised tensor of x's dtype, shape and strides; x is dense and on the CPU. Small ones come from torch. The new
+// handle is the caller's.
+AtenTensorHandle pooled_empty_like(AtenTensorHandle x);
+
+struct PoolUse {
+  int64_t in_use, kept;  // bytes
+};
+PoolUse pool_use();
+
+// Gives everything that is kept back to the system.
+void empty_pool();
+
+// Whether pooled tensors are filled with NaN, so that tests see an element that was not written.
+void poison_pool(bool poison);
+
+}  // namespace bnfuse
