@@ -6,13 +6,21 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
 SOURCES := $(wildcard csrc/*.* csrc/cpu/*.*) setup.py
 
-.PHONY: demo test bench-demo install clean
+.PHONY: demo test bench bench-quick bench-demo install clean
 
 demo: install  ## the whole flow on real handwritten digits, into runs/demo
 	$(BIN)/bnfuse demo
 
 test: install  ## every test
 	$(BIN)/python -m pytest
+
+# BENCH="--threads 4", BENCH="--device cuda" and the like: see benchmarks/conftest.py
+bench: install  ## every site, step and network against its rivals, into benchmarks/results and the README
+	$(BIN)/python -m pytest benchmarks $(BENCH)
+	$(BIN)/python benchmarks/report.py
+
+bench-quick: install  ## a part of that, into benchmarks/results/quick.json
+	$(BIN)/python -m pytest benchmarks --quick $(BENCH)
 
 bench-demo: install  ## the rate of the demo's synthesis with the compiled kernels over the eager reference
 	$(BIN)/python benchmarks/synthesis_rate.py
@@ -26,7 +34,7 @@ $(VENV)/.dependencies: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(PIP) install -c constraints.txt setuptools wheel numpy pillow safetensors tqdm scikit-learn \
-		torchvision timm pytest hypothesis expecttest pytest-timeout
+		torchvision timm pytest hypothesis expecttest pytest-timeout pytest-benchmark matplotlib
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)

@@ -2,35 +2,66 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import platform
+import re
 from datetime import date
 from pathlib import Path
 
 import torch
 
 from bnfuse import __version__, backends
+from bnfuse.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
+_ALLOCATOR_VARIABLES = re.compile(r"MALLOC_\w+_|GLIBC_TUNABLES|LD_PRELOAD|THP_MEM_ALLOC_ENABLE|PYTORCH_(CUDA_)?ALLOC_CONF")
 
 
-def write_result(name: str, command: str, **figures) -> Path:
-    """Writes the figures beside command, date, processor, threads and versions."""
+def write_result(name: str, command: str, *, device: torch.device | str = "cpu", **figures) -> Path:
+    """Writes the figures beside command, date, machine, threads and versions, whole or not at all."""
+    result = {"command": command, **figures, **_circumstances(torch.device(device))}
+    path = RESULTS / f"{name}.json"
+    write_atomically(path, (json.dumps(_rounded(result), indent=2) + "\n").encode())
+    return path
+
+
+def _circumstances(device: torch.device) -> dict:
     result = {
-        "command": command,
-        **figures,
         "date": date.today().isoformat(),
         "processor": _processor(),
+        "cores": os.cpu_count(),
         "instruction_set": backends.extension.instruction_set() if backends.extension else None,
         "threads": torch.get_num_threads(),
+        "allocator": {k: v for k, v in os.environ.items() if _ALLOCATOR_VARIABLES.fullmatch(k)} or "the C library's, as it is",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "bnfuse": __version__,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    return path
+    if device.type == "cuda":
+        result |= {"gpu": device_name(device), "cuda": torch.version.cuda, "allocator": "PyTorch's caching allocator"}
+        if importlib.util.find_spec("triton"):
+            result["triton"] = importlib.import_module("triton").__version__
+    return result
+
+
+def device_name(device: torch.device) -> str:
+    """What the figures were measured on, as its maker calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _rounded(value):
+    """Four significant digits are more than these machines give."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list) else value
 
 
 def _processor() -> str:

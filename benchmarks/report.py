@@ -1,0 +1,236 @@
+"""Turns benchmarks/results/*.json into the README's tables and the roofline picture. Measures nothing.
+
+python benchmarks/report.py            # rewrites the block between the README's benchmark markers, and the picture
+python benchmarks/report.py --check    # exits with 1 where the README says something else than the results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS, README, PICTURE = ROOT / "benchmarks/results", ROOT / "README.md", ROOT / "docs/images/roofline.png"
+BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+NAMES = {"resnet20": "ResNet-20", "resnet18": "ResNet-18", "resnet50": "ResNet-50", "mobilenet_v2": "MobileNetV2"}
+
+# (what it is, path in a summary, "at least" or "at most", the target); in float32, on two threads of a CPU
+OPERATOR_TARGETS = [
+    ("over the eager hook", ("op_speedup_vs_eager",), "≥", 10.0),
+    ("over torch.compile, the faster of two spellings at each site", ("op_speedup_vs_compile",), "≥", 8.0),
+    ("time over the copy floor", ("op_time_over_floor",), "≤", 1.6),
+    ("over the eager hook, the worst site", ("op_lowest_speedup_vs_eager",), "≥", 4.0),
+    ("over plain BN + activation without statistics, the worst site", ("op_lowest_speedup_vs_plain",), "≥", 1.0),
+]
+STEP_TARGETS = [
+    ("time over the plain step, geometric mean", ("step_time_over_plain",), "≤", 1.0),
+    ("ResNet-20, over the eager hook", ("steps_by_network", "resnet20", "step_speedup_vs_eager"), "≥", 2.2),
+    ("ResNet-20, over the compiled hook", ("steps_by_network", "resnet20", "step_speedup_vs_compile"), "≥", 1.0),
+    ("ResNet-18, over the eager hook", ("steps_by_network", "resnet18", "step_speedup_vs_eager"), "≥", 1.75),
+]
+MEMORY_TARGETS = [("activations kept, over the eager hook's", ("kept_over_eager",), "≤", 0.5)]
+TARGETS = OPERATOR_TARGETS + STEP_TARGETS + MEMORY_TARGETS
+
+
+# ---- tables: lists of rows of cells, printed as markdown ----
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """The first row is the head; numbers stand to the right."""
+    head, *body = rows
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def times(value: float | None) -> str:
+    """A ratio; nothing where there is none."""
+    if value is None:
+        return ""
+    return f"{value:.2f}×" if value < 9.95 else f"{value:.1f}×"
+
+
+def operators_table(result: dict) -> str:
+    """Geometric means, forward and backward together, a row a network."""
+    summary = result["summary"]
+    columns = {
+        "eager hook": "op_speedup_vs_eager",
+        "`var_mean`": "op_speedup_vs_var_mean",
+        "compiled hook": "op_speedup_vs_compiled_hook",
+        "compiled `var_mean`": "op_speedup_vs_compiled_var_mean",
+        "plain BN + act": "op_speedup_vs_plain",
+        "time over floor": "op_time_over_floor",
+    }
+    rows = [["faster than", *columns]]
+    for name, means in {**summary["operators_by_network"], "all": summary}.items():
+        rows.append([f"{NAMES.get(name, name)}, {means['sites']} sites", *(times(means[key]) for key in columns.values())])
+    for direction in ("forward", "backward"):
+        if means := summary["operators_by_direction"].get(direction):
+            rows.append([f"all, {direction} alone", *(times(means[key]) for key in columns.values())])
+    return markdown(rows)
+
+
+def steps_table(result: dict) -> str:
+    rows = [["step", "bnfuse", "eager hook", "compiled hook", "no statistics", "convolutions alone"]]
+    for case in result["steps"]:
+        cells = [f"{case['seconds']['bnfuse'] * 1e3:.0f} ms"]
+        for name in ("hook", "compiled_hook", "plain", "conv_only"):
+            known = name in case["ratios"]
+            cells.append(f"{case['seconds'][name] * 1e3:.0f} ms ({times(case['ratios'][name])})" if known else "")
+        rows.append([f"{NAMES.get(case['network'], case['network'])}, {case['batch']} images", *cells])
+    return markdown(rows)
+
+
+def memory_table(result: dict) -> str:
+    """MB kept for backward and at the peak of a step."""
+    measured = [what for what in ("kept", "peak") if all(f"{what}_bytes" in case for case in result["memory"])]
+    columns = [(what, name) for what in measured for name in ("bnfuse", "hook", "plain")]
+    names = {"bnfuse": "bnfuse", "hook": "eager hook", "plain": "no statistics"}
+    rows = [["MB", *(f"{what}, {names[name]}" for what, name in columns)]]
+    for case in result["memory"]:
+        cells = [f"{case[f'{what}_bytes'][name] / 1e6:,.0f}" for what, name in columns]
+        rows.append([f"{NAMES.get(case['network'], case['network'])}, {case['batch']} images", *cells])
+    return markdown(rows)
+
+
+def targets_table(summary: dict, targets: list) -> str:
+    """Each target that the summary has a figure for, and whether it is met."""
+    rows = [["target", "wanted", "measured", ""]]
+    for what, path, sense, wanted in targets:
+        measured = summary
+        for key in path:
+            measured = measured.get(key, {}) if isinstance(measured, dict) else {}
+        if isinstance(measured, float):
+            met = measured >= wanted if sense == "≥" else measured <= wanted
+            rows.append([what, f"{sense} {wanted:g}×", times(measured), "met" if met else "missed"])
+    return markdown(rows) if len(rows) > 1 else ""
+
+
+TABLES = {"operators": operators_table, "steps": steps_table, "memory": memory_table}
+
+
+def terminal_tables(result: dict) -> str:
+    """Everything that a run has measured, as the terminal shows it."""
+    parts = [table(result) for suite, table in TABLES.items() if suite in result]
+    parts.append(targets_table(result["summary"], TARGETS) if _aims(result) else "")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _aims(result: dict) -> bool:
+    """Whether the targets are meant for what this was measured on."""
+    wanted = {"device": "cpu", "dtype": "float32", "layout": "contiguous"}
+    return result["settings"] == wanted and result["threads"] == 2
+
+
+# ---- the README ----
+
+INTRODUCTIONS = {
+    "operators": "One BatchNorm site, forward and backward together: how many times faster bnfuse is, geometric means over the "
+    "sites at their real shapes. The floor is what copying at {copy:.1f} GB/s, measured in the same rounds, needs for the "
+    "passes over memory that no code can save.",
+    "steps": "A synthesis step: forward, cross-entropy and BatchNorm loss, backward to the images, Adam; in brackets the "
+    "median of the rounds' ratios to bnfuse.",
+    "memory": "Memory of that step: activations kept for backward, and the peak over what was there before, each step in a "
+    "process of its own.",
+}
+
+
+def readme_block(results: dict[str, dict]) -> str:
+    """What stands between the markers; `results` by suite."""
+    parts = []
+    for suite, result in results.items():
+        introduction = INTRODUCTIONS[suite].format(copy=result["summary"].get("copy_gb_per_second", 0))
+        parts += [introduction + f" {_circumstances(result, suite)}", TABLES[suite](result)]
+        if suite == "operators":
+            parts.append("![Bandwidth of every site, against the bytes it moves](docs/images/roofline.png)")
+    aiming = [result["summary"] for result in results.values() if _aims(result)]
+    merged = {key: value for summary in aiming for key, value in summary.items()}
+    if table := targets_table(merged, TARGETS):
+        parts += ["What we aim at, in float32 on two threads:", table]
+    return "\n\n".join(parts)
+
+
+def _circumstances(result: dict, suite: str) -> str:
+    where = result.get("gpu") or f"{result['processor']}, {result['threads']} thread{'s' * (result['threads'] > 1)}"
+    settings = f"{result['settings']['dtype']}, {result['settings']['layout']}"
+    return (
+        f"{where}, {settings}, torch {result['torch']}, {result['date']}; `make bench`, or `pytest benchmarks/test_{suite}.py` "
+        f"([result](benchmarks/results/{suite}.json))."
+    )
+
+
+def load_results(folder: Path) -> dict[str, dict]:
+    """The results of a full run with the default settings, by suite; those that are there."""
+    paths = {suite: folder / f"{suite}.json" for suite in TABLES}
+    return {suite: json.loads(path.read_text()) for suite, path in paths.items() if path.is_file()}
+
+
+def with_block(readme: str, block: str) -> str:
+    """The README with the block between its markers."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{README.name} has no {BEGIN} … {END}; add the two markers, each on a line of its own")
+    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+
+
+# ---- the picture ----
+
+
+def draw_roofline(result: dict, path: Path) -> None:
+    """GB/s of every site against the bytes it must move, one point a site and direction, below the measured copy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharex=True, sharey=True, layout="constrained")
+    ceiling = result["summary"]["copy_gb_per_second"]
+    styles = {
+        "bnfuse": dict(label="bnfuse", color="#0b6e4f", marker="o", zorder=4),
+        "plain": dict(label="plain BN + act, no statistics", color="#8d99ae", marker="x", zorder=2),
+        "compiled_hook": dict(label="compiled hook", color="#f4a259", marker="s", zorder=3),
+        "hook": dict(label="eager hook", color="#bc4b51", marker="^", zorder=3),
+    }
+    for panel, direction in zip(panels, ("forward", "backward")):
+        cases = [case for case in result["operators"] if case["direction"] == direction]
+        for name, style in styles.items():
+            # Useful bytes, the same for all: what somebody moves beyond them is his loss.
+            points = [(case["bytes"] / 1e6, case["bytes"] / case["seconds"][name] / 1e9) for case in cases]
+            panel.scatter(*zip(*points), s=22, linewidths=1.2 if name == "plain" else 0, alpha=0.85, **style)
+        panel.axhline(ceiling, color="black", linewidth=1)
+        across = panel.get_yaxis_transform()  # x in parts of the panel, y in data
+        panel.text(0.99, ceiling * 1.04, f"copy, {ceiling:.1f} GB/s", ha="right", va="bottom", transform=across)
+        panel.set(xscale="log", yscale="log", title=direction, xlabel="MB that the site must move")
+        panel.grid(True, which="major", color="#e5e5e5")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.set_axisbelow(True)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+    panels[0].set_ylabel("useful GB/s")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(styles), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the README is not up to date")
+    args = parser.parse_args()
+    results = load_results(RESULTS)
+    if not results:
+        raise SystemExit(f"no results in {RESULTS}; run `make bench` first")
+    written = README.read_text()
+    wanted = with_block(written, readme_block(results))
+    if args.check:
+        sys.exit(0 if wanted == written else f"{README.name} does not show {RESULTS}; run `python benchmarks/report.py`")
+    README.write_text(wanted)
+    if "operators" in results:
+        draw_roofline(results["operators"], PICTURE)
+    print(f"wrote {README} and {PICTURE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The memory of one step: what autograd keeps for backward, and the peak, measured in a process of its own.
+
+    python benchmarks/step_memory.py NETWORK CONTENDER BATCH DEVICE THREADS DTYPE LAYOUT     # prints bytes
+
+Peak on CUDA: max_memory_allocated during the second step, less what was allocated before it. Peak on the CPU, Linux: the
+largest resident set during the second step (VmHWM, reset through /proc/self/clear_refs), less the resident set before it;
+glibc is made to give every block of 64 KiB and more back at once, so that what is resident is what lives.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of the measuring process: an allocator that holds nothing back."""
+    return {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def kept_bytes(loss: nn.Module, images: Tensor) -> int:
+    """Bytes of the storages that forward and loss save for backward, each once, parameters, buffers and images left out.
+
+    A saved tensor counts with its whole storage, for that is what it keeps alive.
+    """
+    leaf = images.clone().requires_grad_()
+    known = {tensor.untyped_storage().data_ptr() for tensor in (leaf, *loss.parameters(), *loss.buffers())}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = loss(leaf)  # while it lives, no storage is freed whose address another could take
+    del value
+    return sum(saved.values())
+
+
+def peak_bytes(step, device: torch.device) -> int:
+    """Of the second call of `step`, over what was there before it."""
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+
+def main(network: str, contender: str, batch: str, device: str, threads: str, dtype: str, layout: str) -> None:
+    from sites import DTYPES, LAYOUTS
+    from steps import LOSSES, make_images, make_step, make_teacher
+
+    torch.set_num_threads(int(threads))
+    tensors = torch.device(device), DTYPES[dtype], LAYOUTS[layout]
+    model = make_teacher(network, *tensors)
+    images, labels = make_images(network, int(batch), model, tensors[2])
+    print(peak_bytes(make_step(LOSSES[contender](model, labels), images), tensors[0]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,134 @@
+"""The benchmark report: summaries, tables and marks from synthetic results; a README block that is put back in its place."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import report  # noqa: E402
+import summary  # noqa: E402
+
+RIVALS = ("hook", "var_mean", "compiled_hook", "compiled_var_mean", "plain", "floor")
+
+
+def operator(networks: dict, *ratios: float, direction: str = "both") -> dict:
+    ratios = dict(zip(RIVALS, ratios))
+    seconds = {"bnfuse": 0.001, **{name: 0.001 * ratio for name, ratio in ratios.items()}}
+    return {
+        "networks": networks,
+        "direction": direction,
+        "bytes": 10**7,
+        "ratios": ratios,
+        "seconds": seconds,
+    }
+
+
+def step(network: str, **ratios: float) -> dict:
+    seconds = {"bnfuse": 0.5, **{name: 0.5 * ratio for name, ratio in ratios.items()}}
+    return {"network": network, "batch": 16, "ratios": ratios, "seconds": seconds}
+
+
+CASES = {
+    "operators": [
+        # Three equal sites in one network, one of another.
+        operator({"resnet20": 3}, 8, 4, 9, 16, 2, 0.5),
+        operator({"resnet18": 1}, 128, 4, 9, 1, 0.5, 0.5),
+        operator({"resnet20": 3}, 2, 2, 2, 2, 2, 0.25, direction="forward"),
+        operator({"resnet20": 3}, 2, 2, 2, 2, 2, 0.25, direction="backward"),
+    ],
+    "steps": [
+        step("resnet20", hook=4.0, plain=1.25, conv_only=0.8, compiled_hook=2.0),
+        step("resnet18", hook=1.0, plain=0.8, conv_only=0.8, compiled_hook=2.0),
+    ],
+    "memory": [
+        {
+            "network": "resnet20",
+            "batch": 256,
+            "kept_bytes": {"bnfuse": 4e8, "hook": 6e8, "plain": 4e8},
+            "peak_bytes": {"bnfuse": 5e8, "hook": 10e8, "plain": 5e8},
+        }
+    ],
+}
+
+
+@pytest.fixture
+def results() -> dict[str, dict]:
+    return {
+        suite: {
+            "settings": {"device": "cpu", "dtype": "float32", "layout": "contiguous"},
+            "summary": {**summary.SUMMARIES[suite](cases), "copy_gb_per_second": 20.0},
+            suite: copy.deepcopy(cases),
+            "date": "2026-01-01",
+            "processor": "Example",
+            "threads": 2,
+            "torch": "2.13.0",
+        }
+        for suite, cases in CASES.items()
+    }
+
+
+def test_means_weigh_every_site_and_each_network_has_its_own(results):
+    means = results["operators"]["summary"]
+    assert means["op_speedup_vs_eager"] == pytest.approx((8**3 * 128) ** 0.25)
+    assert means["op_speedup_vs_compile"] == pytest.approx((9**3 * 1) ** 0.25)  # at each site the faster of the two
+    assert means["op_time_over_floor"] == pytest.approx(2)
+    assert means["op_lowest_speedup_vs_eager"] == 8 and means["op_lowest_speedup_vs_plain"] == 0.5
+    assert means["operators_by_network"]["resnet20"]["op_speedup_vs_eager"] == pytest.approx(8)
+    assert means["operators_by_direction"]["forward"]["op_time_over_floor"] == pytest.approx(4)
+    assert results["steps"]["summary"]["step_speedup_vs_eager"] == pytest.approx(2)
+    assert results["steps"]["summary"]["step_time_over_plain"] == pytest.approx(1)
+    assert results["memory"]["summary"]["kept_over_eager"] == pytest.approx(2 / 3)
+
+
+def test_sites_that_were_not_compiled_for_do_not_count_there():
+    uncompiled = operator({"resnet50": 5}, 8, 4, 1, 1, 2, 0.5)
+    uncompiled["ratios"] = {name: r for name, r in uncompiled["ratios"].items() if not name.startswith("compiled")}
+    means = summary.summarize_operators([*CASES["operators"], uncompiled])
+    assert means["op_speedup_vs_compile"] == pytest.approx((9**3 * 1) ** 0.25)
+    assert means["op_speedup_vs_eager"] == pytest.approx((8**8 * 128) ** (1 / 9))
+
+
+def test_the_readme_shows_the_numbers_and_what_was_missed(results):
+    block = report.readme_block(results)
+    for line in (
+        "| ResNet-20, 3 sites | 8.00× | 4.00× | 9.00× | 16.0× | 2.00× | 2.00× |",
+        "| ResNet-20, 16 images | 500 ms | 2000 ms (4.00×) | 1000 ms (2.00×) | 625 ms (1.25×) | 400 ms (0.80×) |",
+        "| ResNet-20, 256 images | 400 | 600 | 400 | 500 | 1,000 | 500 |",
+        "| over the eager hook | ≥ 10× | 16.0× | met |",
+        "| time over the copy floor | ≤ 1.6× | 2.00× | missed |",
+        "| over plain BN + activation without statistics, the worst site | ≥ 1× | 0.50× | missed |",
+        "| ResNet-18, over the eager hook | ≥ 1.75× | 1.00× | missed |",
+        "| activations kept, over the eager hook's | ≤ 0.5× | 0.67× | missed |",
+    ):
+        assert line in block
+
+
+def test_no_marks_for_what_the_targets_are_not_meant_for(results):
+    for result in results.values():
+        result["settings"]["dtype"] = "bfloat16"
+    assert "missed" not in report.readme_block(results)
+
+
+def test_the_block_takes_the_place_of_the_last_one():
+    readme = f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n"
+    once = report.with_block(readme, "new")
+    assert once == f"above\n{report.BEGIN}\nnew\n{report.END}\nbelow\n" == report.with_block(once, "new")
+    with pytest.raises(SystemExit, match="has no <!-- benchmarks -->"):
+        report.with_block("no markers", "new")
+
+
+def test_the_readme_is_up_to_date():
+    results = report.load_results(report.RESULTS)
+    if not results:
+        pytest.skip("no full run has been kept")
+    readme = report.README.read_text()
+    assert readme == report.with_block(readme, report.readme_block(results)), "run `python benchmarks/report.py`"
+
+
+def test_the_picture_is_drawn(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    report.draw_roofline(results["operators"], tmp_path / "roofline.png")
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
