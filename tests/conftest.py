@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def poisoned_memory():
-    """What `torch.empty` and the kernels' own pool return is filled with NaN (integers: their largest value), so an unwritten element shows."""
+    """Fresh memory, torch's and the kernels' own, is NaN (integers: their largest value), so an unwritten element shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

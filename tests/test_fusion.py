@@ -12,6 +12,7 @@ from torch import nn
 from torchvision_shim import import_torchvision
 
 from bnfuse import InputError, fuse
+from bnfuse.fusion import FrozenConvolution
 from bnfuse.models import batchnorm_layers, build_model, load_teacher
 from bnfuse.preprocessing import Preprocessing
 
@@ -233,3 +234,58 @@ def test_unfit_networks_are_refused():
         fuse(Chains())
     with pytest.raises(InputError, match="unknown backend"):
         fuse(settle(Chains()), backend="fast")
+
+
+# ---- convolutions that keep nothing of their input ----
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("options", [dict(padding=1), dict(stride=2, bias=False), dict(groups=4, dilation=2)], ids=str)
+def test_a_frozen_convolution_gives_torch_s_values_and_gradient(options, layout):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 12, 3, **options).requires_grad_(False)
+    x = torch.randn(3, 8, 9, 11).to(memory_format=layout).requires_grad_()
+
+    def run(module):
+        y = module(x)
+        (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y) * y.detach())
+        return y.detach(), gradient
+
+    for actual, expected in zip(run(FrozenConvolution(conv)), run(conv)):
+        assert torch.equal(actual, expected)
+
+
+def kept_bytes(function) -> int:
+    """Bytes of the storages that autograd keeps for backward."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        alive = function()
+    return sum(kept.values()) if alive is not None else 0
+
+
+def test_a_frozen_convolution_keeps_its_weight_alone():
+    conv = nn.Conv2d(8, 8, 3).requires_grad_(False)
+    x = torch.randn(4, 8, 32, 32, requires_grad=True)
+    frozen = FrozenConvolution(conv)
+    assert kept_bytes(lambda: frozen(x)) == conv.weight.numel() * 4
+    assert kept_bytes(lambda: conv(x)) > x.numel() * 4
+
+
+def test_a_frozen_convolution_that_is_unfrozen_trains_again():
+    conv = nn.Conv2d(3, 4, 3)
+    FrozenConvolution(conv)(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert conv.weight.grad is not None
+
+
+def test_a_frozen_convolution_follows_autocast():
+    conv = nn.Conv2d(3, 4, 3).requires_grad_(False)
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = FrozenConvolution(conv)(x)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and x.grad.dtype == torch.float32
