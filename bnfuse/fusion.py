@@ -254,6 +254,7 @@ class FrozenConvolution(nn.Module):
         weight, bias = conv.weight, conv.bias
         if (
             torch.compiler.is_compiling()
+            or not (x.is_cpu or x.is_cuda)
             or weight.requires_grad
             or bias is not None
             and bias.requires_grad

@@ -289,3 +289,8 @@ def test_a_frozen_convolution_follows_autocast():
         y = FrozenConvolution(conv)(x)
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16 and x.grad.dtype == torch.float32
+
+
+def test_a_fused_network_runs_on_the_meta_device():
+    logits, moments = fuse(settle(Chains())).to("meta")(torch.empty(2, 3, 8, 8, device="meta"))
+    assert logits.is_meta and all(mean.is_meta for mean, _ in moments.values())
