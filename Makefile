@@ -17,6 +17,7 @@ test: install  ## every test
 # BENCH="--threads 4", BENCH="--device cuda" and the like: see benchmarks/conftest.py
 bench: install  ## every site, step and network against its rivals, into benchmarks/results and the README
 	$(BIN)/python -m pytest benchmarks $(BENCH)
+	$(BIN)/python -m pytest benchmarks/test_operators.py --layout channels_last $(BENCH)
 	$(BIN)/python benchmarks/report.py
 
 bench-quick: install  ## a part of that, into benchmarks/results/quick.json

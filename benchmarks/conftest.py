@@ -3,7 +3,7 @@
     pytest benchmarks                               # or `make bench`: results/operators.json, steps.json, memory.json
     pytest benchmarks --quick                       # or `make bench-quick`: a part of it, results/quick.json
     pytest benchmarks --device cuda                 # the same cases on a GPU; its name goes into the files' names
-    pytest benchmarks/test_steps.py --layout channels_last
+    pytest benchmarks/test_operators.py --layout channels_last      # results/operators_channels_last.json
 
 A suite's file appears only when every one of its cases has run and passed.
 """
@@ -86,7 +86,7 @@ def pytest_addoption(parser):
     group.addoption("--device", default="cpu", help="cpu or cuda (default cpu)")
     group.addoption("--threads", type=int, default=DEFAULT_THREADS, help=f"of PyTorch's pool (default {DEFAULT_THREADS})")
     group.addoption("--dtype", default="float32", choices=list(DTYPES), help="of activations and weights (default float32)")
-    group.addoption("--layout", default="contiguous", choices=list(LAYOUTS), help="of every contender (default contiguous)")
+    group.addoption("--layout", default="contiguous", choices=list(LAYOUTS), help="of sites and of the memory's rivals (default contiguous)")
     group.addoption("--quick", action="store_true", help="some of the sites and steps, in less than three minutes")
 
 

@@ -129,20 +129,21 @@ INTRODUCTIONS = {
     "operators": "One BatchNorm site, forward and backward together: how many times faster bnfuse is, geometric means over the "
     "sites at their real shapes. The floor is what copying at {copy:.1f} GB/s, measured in the same rounds, needs for the "
     "passes over memory that no code can save.",
+    "operators_channels_last": "The same sites in channels_last, the layout that a fused network runs in.",
     "steps": "A synthesis step: forward, cross-entropy and BatchNorm loss, backward to the images, Adam; in brackets the "
-    "median of the rounds' ratios to bnfuse.",
+    "median of the rounds' ratios to bnfuse. Each rival runs contiguous and channels_last, and its faster layout counts.",
     "memory": "Memory of that step: activations kept for backward, and the peak over what was there before, each step in a "
     "process of its own.",
 }
 
 
 def readme_block(results: dict[str, dict]) -> str:
-    """What stands between the markers; `results` by suite."""
+    """What stands between the markers; `results` by file."""
     parts = []
-    for suite, result in results.items():
-        introduction = INTRODUCTIONS[suite].format(copy=result["summary"].get("copy_gb_per_second", 0))
-        parts += [introduction + f" {_circumstances(result, suite)}", TABLES[suite](result)]
-        if suite == "operators":
+    for name, result in results.items():
+        introduction = INTRODUCTIONS[name].format(copy=result["summary"].get("copy_gb_per_second", 0))
+        parts += [introduction + f" {_circumstances(result, name)}", TABLES[name.partition("_")[0]](result)]
+        if name == "operators":
             parts.append("![Bandwidth of every site, against the bytes it moves](docs/images/roofline.png)")
     aiming = [result["summary"] for result in results.values() if _aims(result)]
     merged = {key: value for summary in aiming for key, value in summary.items()}
@@ -151,19 +152,18 @@ def readme_block(results: dict[str, dict]) -> str:
     return "\n\n".join(parts)
 
 
-def _circumstances(result: dict, suite: str) -> str:
+def _circumstances(result: dict, name: str) -> str:
     where = result.get("gpu") or f"{result['processor']}, {result['threads']} thread{'s' * (result['threads'] > 1)}"
-    settings = f"{result['settings']['dtype']}, {result['settings']['layout']}"
     return (
-        f"{where}, {settings}, torch {result['torch']}, {result['date']}; `make bench`, or `pytest benchmarks/test_{suite}.py` "
-        f"([result](benchmarks/results/{suite}.json))."
+        f"{where}, {result['settings']['dtype']}, torch {result['torch']}, {result['date']}; `make bench`, or "
+        f"`{result['command']}` ([result](benchmarks/results/{name}.json))."
     )
 
 
 def load_results(folder: Path) -> dict[str, dict]:
-    """The results of a full run with the default settings, by suite; those that are there."""
-    paths = {suite: folder / f"{suite}.json" for suite in TABLES}
-    return {suite: json.loads(path.read_text()) for suite, path in paths.items() if path.is_file()}
+    """The results of a full run, by file; those that are there."""
+    paths = {name: folder / f"{name}.json" for name in INTRODUCTIONS}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
 
 
 def with_block(readme: str, block: str) -> str:

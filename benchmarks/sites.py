@@ -48,8 +48,8 @@ def _torchvision() -> ModuleType:
 
 
 NETWORKS = {
-    "resnet20": Network(lambda: CifarResNet(20), 32, 256, 256, 128),
-    "resnet18": Network(lambda: _torchvision().models.resnet18(), 224, 16, 16, 4),
+    "resnet20": Network(lambda: CifarResNet(20), 32, 256, 256, 256),
+    "resnet18": Network(lambda: _torchvision().models.resnet18(), 224, 16, 16, 8),
     "resnet50": Network(lambda: _torchvision().models.resnet50(), 224, 16, 8, 4),
     "mobilenet_v2": Network(lambda: _torchvision().models.mobilenet_v2(), 224, 16, 16, 4),
 }
@@ -104,11 +104,11 @@ def all_sites() -> dict[Site, dict[str, int]]:
     return counts
 
 
-QUICK_SITE_BYTES = 32 * 2**20
+QUICK_SITE_BYTES = 64 * 2**20
 
 
 def quick_sites(counts: dict[Site, dict[str, int]]) -> dict[Site, bool]:
-    """The two sites of each network with most of its bytes, none above 32 MiB in float32; whether to compile for it, too.
+    """The two sites of each network with most of its bytes, none above 64 MiB in float32; whether to compile for it, too.
 
     The one with more is: compilation is what takes long.
     """

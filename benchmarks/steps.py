@@ -136,11 +136,11 @@ def value_and_gradient(loss: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]
     return value.detach(), torch.autograd.grad(value, leaf)[0]
 
 
-def verify(model: nn.Module, losses: dict[str, nn.Module], images: Tensor, labels: Tensor) -> None:
+def verify(model: nn.Module, losses: dict, images: Tensor, labels: Tensor) -> None:
     """Raises AssertionError where losses or image gradients disagree.
 
     On the first two images bnfuse, in float64 and as it is timed, against the eager hook in float64; on the whole batch
-    everything else with statistics against bnfuse.
+    everything else with statistics against bnfuse. `losses`: (name, layout) → the loss, and the images in its layout.
     """
     few, wide = images[:2], copy.deepcopy(model).double()
     expected = value_and_gradient(HookLoss(wide, labels[:2]), few.double())
@@ -152,8 +152,10 @@ def verify(model: nn.Module, losses: dict[str, nn.Module], images: Tensor, label
     ):
         assert_near(value, expected[0], tolerances[0], f"loss in {value.dtype}")
         assert_near(gradient, expected[1], tolerances[1], f"image gradient in {value.dtype}")
-    ours = value_and_gradient(losses[OURS], images)
-    for name in losses.keys() & {"hook", "compiled_hook"}:
-        value, gradient = value_and_gradient(losses[name], images)
+    ours = value_and_gradient(*losses[OURS, ""])
+    for name, layout in losses:
+        if name not in ("hook", "compiled_hook"):
+            continue
+        value, gradient = value_and_gradient(*losses[name, layout])
         assert_near(ours[0], value, LOSS_TOLERANCE[images.dtype], f"loss against {name}")
         assert_near(ours[1], gradient, GRADIENT_TOLERANCE[images.dtype], f"image gradient against {name}")

@@ -19,7 +19,7 @@ def test_memory(network, settings, record):
     model = make_teacher(network, *settings.tensors)
     images, labels = make_images(network, batch, model, settings.memory_format)
     losses = {name: LOSSES[name](model, labels) for name in CONTENDERS}
-    verify(model, losses, images, labels)
+    verify(model, {(name, ""): (loss, images) for name, loss in losses.items()}, images, labels)
     case = {"network": network, "batch": batch}
     case["kept_bytes"] = {name: kept_bytes(loss, images) for name, loss in losses.items()}
     if not settings.quick:

@@ -31,12 +31,15 @@ class FusedModel(nn.Module):
     Attributes
     ----------
     traced : whether chains were fused, or (False) only the BatchNorm modules were replaced
+    memory_format : the layout that images [N, C, H, W] are brought to, see `fuse`
     site_names : the BatchNorm layers that the network has (traced: those that it runs), by module name
     """
 
-    def __init__(self, body: nn.Module, tape: _Tape, sites: dict[str, _Site], traced: bool):
+    def __init__(
+        self, body: nn.Module, tape: _Tape, sites: dict[str, _Site], traced: bool, memory_format: torch.memory_format
+    ):
         super().__init__()
-        self.body, self._tape, self.traced = body, tape, traced
+        self.body, self._tape, self.traced, self.memory_format = body, tape, traced, memory_format
         self.site_names = list(sites)
 
     def forward(self, images: Tensor, group_starts: Tensor | None = None) -> tuple[Tensor, Moments]:
@@ -54,6 +57,8 @@ class FusedModel(nn.Module):
             that runs several times in one pass appears as ``name``, ``name#2``, …
         """
         self._tape.start(ops.check_group_starts(group_starts, images), len(images))
+        if images.dim() == 4 and self.memory_format != torch.preserve_format:
+            images = images.contiguous(memory_format=self.memory_format)
         logits = self.body(images)
         return logits, self._tape.finish()
 
@@ -64,7 +69,9 @@ class FusedModel(nn.Module):
         return "\n".join([f"{len(sites)} fused sites ({how})", *(f"  {site.site_name}: {site.extra_repr()}" for site in sites)])
 
 
-def fuse(model: nn.Module, *, backend: str = "auto", trace: bool = True) -> FusedModel:
+def fuse(
+    model: nn.Module, *, backend: str = "auto", trace: bool = True, memory_format: torch.memory_format | None = None
+) -> FusedModel:
     """Fuses a frozen network's BatchNorm layers with what follows them.
 
     Parameters
@@ -72,17 +79,24 @@ def fuse(model: nn.Module, *, backend: str = "auto", trace: bool = True) -> Fuse
     model : a network in eval mode without trainable parameters, see `bnfuse.freeze`; it shares its weights with the result
     backend : which kernels run, see `bnfuse.backends`
     trace : False replaces the BatchNorm modules alone, as happens by itself (with a warning) where torch.fx fails
+    memory_format : of images and activations [N, C, H, W] inside the network. Default torch.channels_last, in which
+        convolutions are fastest, and for a network that could not be traced torch.preserve_format, the images' own: its code
+        may hold a ``view`` that no other layout allows
 
     Raises
     ------
-    InputError : the network is not fit to be a teacher, see `models.check_teacher`
+    InputError : the network is not fit to be a teacher, see `models.check_teacher`; a memory_format of no such layout
     """
     backends.check_name(backend)
     check_teacher(model)
+    if memory_format not in (None, torch.channels_last, torch.contiguous_format, torch.preserve_format):
+        raise InputError(
+            f"memory_format must be torch.channels_last, contiguous_format or preserve_format, got {memory_format!r}"
+        )
     tape = _Tape()
     if trace:
         try:
-            return _fuse_traced(model, tape, backend)
+            return _fuse_traced(model, tape, backend, memory_format or torch.channels_last)
         except Exception as error:  # torch.fx reports a network it cannot follow with whatever that network raised
             reason = str(error).splitlines()[0] if str(error) else ""
             warnings.warn(
@@ -90,7 +104,7 @@ def fuse(model: nn.Module, *, backend: str = "auto", trace: bool = True) -> Fuse
                 "modules alone, activations and additions stay separate",
                 stacklevel=2,
             )
-    return _fuse_modules(model, tape, backend)
+    return _fuse_modules(model, tape, backend, memory_format or torch.preserve_format)
 
 
 # ---- the sites ----
@@ -268,7 +282,7 @@ class FrozenConvolution(nn.Module):
         return "keeps nothing of its input"
 
 
-def _freeze_convolutions(body: nn.Module) -> None:
+def _freeze_convolutions(body: nn.Module, memory_format: torch.memory_format) -> None:
     """Puts FrozenConvolutions into a network that is ours to change; the layers themselves stay as they are."""
     if backends.extension is None:
         return
@@ -276,7 +290,22 @@ def _freeze_convolutions(body: nn.Module) -> None:
     for name, module in list(body.named_modules(remove_duplicate=False)):
         plain = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
         if plain and module.padding_mode == "zeros" and not isinstance(module.padding, str) and not module._forward_hooks:
-            body.set_submodule(name, frozen.setdefault(module, FrozenConvolution(module)))
+            if module not in frozen:
+                frozen[module] = FrozenConvolution(_in_layout(module, memory_format))
+            body.set_submodule(name, frozen[module])
+
+
+def _in_layout(convolution: nn.Module, memory_format: torch.memory_format) -> nn.Module:
+    """The layer, or a copy whose weight [O, I, h, w] lies as its input does: otherwise every call would make one."""
+    weight = convolution.weight
+    if weight.dim() != 4 or memory_format != torch.channels_last or weight.is_contiguous(memory_format=memory_format):
+        return convolution
+    copied = copy.copy(convolution)
+    copied._parameters = {
+        **convolution._parameters,
+        "weight": nn.Parameter(weight.detach().contiguous(memory_format=memory_format), requires_grad=False),
+    }
+    return copied
 
 
 def _site(
@@ -315,7 +344,7 @@ class _Tracer(torch.fx.Tracer):
         return isinstance(module, _BatchNorm) or super().is_leaf_module(module, qualified_name)
 
 
-def _fuse_traced(model: nn.Module, tape: _Tape, backend: str) -> FusedModel:
+def _fuse_traced(model: nn.Module, tape: _Tape, backend: str, memory_format: torch.memory_format) -> FusedModel:
     graph = _Tracer().trace(model)
     body = torch.fx.GraphModule(model, graph)
     modules = dict(model.named_modules())
@@ -323,6 +352,8 @@ def _fuse_traced(model: nn.Module, tape: _Tape, backend: str) -> FusedModel:
         if node.op == "call_module" and isinstance(modules[node.target], (nn.Identity, nn.Dropout, nn.Dropout2d)):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.op == "call_method" and node.target == "view" and not any(isinstance(a, torch.dtype) for a in node.args):
+            node.target = "reshape"  # the same, in every layout
     sites: dict[str, _Site] = {}
     for node in list(graph.nodes):
         if node.op == "call_module" and isinstance(modules[node.target], _BatchNorm):
@@ -330,10 +361,10 @@ def _fuse_traced(model: nn.Module, tape: _Tape, backend: str) -> FusedModel:
             sites[name] = _fold(graph, body, modules, node, f"site_{len(sites)}", name, tape, backend)
     body.delete_all_unused_submodules()
     graph.lint()
-    _freeze_convolutions(body)
+    _freeze_convolutions(body, memory_format)
     body.recompile()
     body.eval()
-    return FusedModel(body, tape, sites, traced=True)
+    return FusedModel(body, tape, sites, True, memory_format)
 
 
 def _fold(
@@ -404,7 +435,7 @@ def _activation_of_node(node: torch.fx.Node, modules: dict[str, nn.Module]) -> A
     return Activation(name, slope)
 
 
-def _fuse_modules(model: nn.Module, tape: _Tape, backend: str) -> FusedModel:
+def _fuse_modules(model: nn.Module, tape: _Tape, backend: str, memory_format: torch.memory_format) -> FusedModel:
     """A copy of the network, weights shared, with every BatchNorm module replaced by a site."""
     shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     body = copy.deepcopy(model, memo=shared)
@@ -416,6 +447,6 @@ def _fuse_modules(model: nn.Module, tape: _Tape, backend: str) -> FusedModel:
                 replaced[module] = sites[name] = _site(module, name, tape, backend)
             parent, _, attribute = name.rpartition(".")
             setattr(body.get_submodule(parent), attribute, replaced[module])
-    _freeze_convolutions(body)
+    _freeze_convolutions(body, memory_format)
     body.eval()
-    return FusedModel(body, tape, sites, traced=False)
+    return FusedModel(body, tape, sites, False, memory_format)

@@ -1,8 +1,9 @@
 """Every operator's life on one screen: schema, implementations, fake, autograd, and the checked public function.
 
-    bn_act(x, scale, shift, …)       → y, mean, var     one BatchNorm site: output and the moments of its input
-    group_moments(x, …)              → mean, var        the moments of any tensor
-    bn_loss(mean, var, targets, …)   → loss             the distance of all sites' moments from their targets
+    bn_act(x, scale, shift, …)                → y, mean, var         one BatchNorm site: output and the moments of its input
+    bn_act_loss(x, scale, shift, targets, …)  → y, loss, mean, var   the same with the distance from the site's targets
+    group_moments(x, …)                       → mean, var            the moments of any tensor
+    bn_loss(mean, var, targets, …)            → loss                 the distance of all sites' moments from their targets
 
 An operator exists once for each backend, in a namespace of its own and with one schema: `bnfuse_reference` is implemented and
 differentiated here, in terms of `reference.py`; `bnfuse_cpp` in csrc/. Nothing here computes.
@@ -123,6 +124,12 @@ def _group_moments_backward_fake(x, mean, dmean, dvar, group_starts):
     return torch.empty_like(x)
 
 
+def _bn_forward_with_targets_fake(x, residual, scale, shift, group_starts, *arguments):
+    act, slope = arguments[4:6]
+    y, mean, var, mask = _bn_forward_fake(x, residual, scale, shift, group_starts, act, slope)
+    return y, mean, var, mask, mean.new_empty(()), torch.empty_like(mean), torch.empty_like(var)
+
+
 def _bn_loss_fake(mean, var, target_mean, target_var, classes, site_weights, *_options):
     groups, width = mean[0].shape[0], sum(site.shape[1] for site in mean)
     return (
@@ -139,21 +146,37 @@ for _namespace in ("bnfuse_reference", *(["bnfuse_cpp"] if backends.extension el
     torch.library.register_fake(f"{_namespace}::group_moments", _group_moments_fake)
     torch.library.register_fake(f"{_namespace}::group_moments_backward", _group_moments_backward_fake)
     if _namespace != "bnfuse_reference":
+        torch.library.register_fake(f"{_namespace}::bn_forward_with_targets", _bn_forward_with_targets_fake)
         torch.library.register_fake(f"{_namespace}::bn_loss", _bn_loss_fake)
 
 
 # ---- the operators of a backend ----
+
+
+def _bn_forward_with_targets(
+    x, residual, scale, shift, group_starts, target_mean, target_var, classes, weight, act, slope, *options
+):
+    """The reference's: its site, then its loss over that one site."""
+    forward = torch.ops.bnfuse_reference.bn_forward.default
+    y, mean, var, mask = forward(x, residual, scale, shift, group_starts, act, slope)
+    loss, _ = reference.bn_loss([mean], [var], target_mean, target_var, classes, mean.new_full((1,), weight), *options)
+    return y, mean, var, mask, loss
+
 
 OPERATORS = {}
 for _name in ("reference", *(["cpp"] if backends.extension else [])):
     _namespace = getattr(torch.ops, f"bnfuse_{_name}")
     OPERATORS[_name] = SimpleNamespace(**{name: getattr(_namespace, name).default for name in SCHEMAS})
     # The eager loss is plain differentiable PyTorch, second order included: no operator need be made of it.
-    OPERATORS[_name].bn_loss = reference.bn_loss if _name == "reference" else _namespace.bn_loss.default
+    eager = _name == "reference"
+    OPERATORS[_name].bn_loss = reference.bn_loss if eager else _namespace.bn_loss.default
+    OPERATORS[_name].bn_forward_with_targets = (
+        _bn_forward_with_targets if eager else _namespace.bn_forward_with_targets.default
+    )
 
 
 def operators(backend: str, device_type: str) -> SimpleNamespace:
-    """The operators of `SCHEMAS`, and bn_loss, of the backend that `backends.resolve` takes."""
+    """The operators of `SCHEMAS`, bn_forward_with_targets and bn_loss, of the backend that `backends.resolve` takes."""
     return OPERATORS[backends.resolve(backend, device_type)]
 
 
@@ -197,6 +220,75 @@ def bn_act(
     InputError : a dtype, shape or device that does not fit
     BackendError : a backend asked for by name that cannot run on x's device
     """
+    run = operators(backend, x.device.type).bn_forward
+    return _run_site(run, x, residual, scale, shift, group_starts, act, slope)[:3]
+
+
+def bn_act_loss(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    target_mean: Tensor,
+    target_var: Tensor,
+    *,
+    group_starts: Tensor | None = None,
+    classes: Tensor | None = None,
+    weight: float = 1.0,
+    residual: Tensor | None = None,
+    act: str = "identity",
+    slope: float = 0.01,
+    distance: str = "l2",
+    use_std: bool = False,
+    eps: float = 1e-8,
+    slack: float = 0.0,
+    mean_weight: float = 1.0,
+    var_weight: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`bn_act` and the site's own loss in one operator, for code that matches one layer at a time.
+
+    ``loss = weight · mean over groups g of distance(moments[g], targets[class of g])``. A whole network's sites are better
+    matched together, by `bn_loss`.
+
+    Parameters
+    ----------
+    x, scale, shift, group_starts, residual, act, slope, backend : as in `bn_act`
+    target_mean, target_var : [K, C], a row a class, or [1, C] for every group alike; in the moments' dtype
+    classes : int64 [G], each group's row of the targets; not needed where there is one row
+    distance, use_std, eps, slack, mean_weight, var_weight : see `reference.bn_distance`
+
+    Returns
+    -------
+    y : like x; loss : scalar; mean, var : [G, C]. All are differentiable once in x and residual
+
+    Raises
+    ------
+    As `bn_act`, and InputError for an unknown distance or targets that do not fit
+    """
+    run = operators(backend, x.device.type).bn_forward_with_targets
+    targets = target_mean, target_var, classes, weight
+    options = distance, use_std, eps, slack, mean_weight, var_weight
+    y, mean, var, _, loss, *_ = _run_site(run, x, residual, scale, shift, group_starts, act, slope, targets, options)
+    return y, loss, mean, var
+
+
+def _run_site(run, x, residual, scale, shift, group_starts, act, slope, targets=(), options=()) -> tuple[Tensor, ...]:
+    """The operator, its arguments checked. A compiled one checks them itself, faster than Python: where it refuses, and where
+    it is not sure that it will, the checks here say in bnfuse's own words what is wrong."""
+    compiled = isinstance(run, torch._ops.OpOverload) and run.namespace == "bnfuse_cpp" and not torch.compiler.is_compiling()
+    same_layout = residual is None or (residual.shape == x.shape and residual.stride() == x.stride())
+    if compiled and group_starts is not None and same_layout and _is_dense(x):
+        try:
+            return run(x, residual, scale, shift, group_starts, *targets, act, slope, *options)
+        except RuntimeError:
+            _check_site(x, residual, scale, shift, group_starts, act, targets, options)
+            raise
+    x, residual, group_starts = _check_site(x, residual, scale, shift, group_starts, act, targets, options)
+    return run(x, residual, scale.contiguous(), shift.contiguous(), group_starts, *targets, act, slope, *options)
+
+
+def _check_site(x, residual, scale, shift, group_starts, act, targets, options) -> tuple[Tensor, Tensor | None, Tensor]:
+    """x, the residual in x's layout and the groups, ready for an operator; InputError where an argument does not fit."""
     x = _check_x(x)
     group_starts = check_group_starts(group_starts, x)
     if act not in reference.ACTIVATIONS:
@@ -220,8 +312,35 @@ def bn_act(
                 f"{list(residual.shape)} on {residual.device}"
             )
         residual = _match_layout(residual, x)
-    bn_forward = operators(backend, x.device.type).bn_forward
-    return bn_forward(x, residual, scale.contiguous(), shift.contiguous(), group_starts, act, slope)[:3]
+    if targets:
+        _check_targets(x, group_starts, *targets[:3], options[0])
+    return x, residual, group_starts
+
+
+def _check_targets(x, group_starts, target_mean, target_var, classes, distance) -> None:
+    if distance not in reference.DISTANCES:
+        raise InputError(f"unknown distance {distance!r}; choose one of {', '.join(reference.DISTANCES)}")
+    dtype, channels = reference.moment_dtype(x.dtype), x.shape[1]
+    for name, values in (("target_mean", target_mean), ("target_var", target_var)):
+        fits = values.dim() == 2 and values.shape[1] == channels and values.shape[0] == target_mean.shape[0] > 0
+        if not fits or values.dtype != dtype or values.device != x.device:
+            raise InputError(
+                f"{name} must be {dtype} [K, {channels}] on {x.device}, a row a class, got {values.dtype} "
+                f"{list(values.shape)} on {values.device}"
+            )
+    if len(target_mean) == 1:
+        return
+    groups = len(group_starts) - 1
+    if classes is None:
+        raise InputError("class-wise targets need the class of each group: pass classes, int64 [G]")
+    if classes.shape != (groups,) or classes.dtype != torch.int64 or classes.device != x.device:
+        raise InputError(
+            f"classes must be int64 [{groups}] on {x.device}, one a group, got {classes.dtype} {list(classes.shape)} on "
+            f"{classes.device}"
+        )
+    if classes.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(classes):
+        if groups and not 0 <= int(classes.min()) <= int(classes.max()) < len(target_mean):
+            raise InputError(f"classes must be from 0 to {len(target_mean) - 1}, got {classes.tolist()}")
 
 
 def bn_act_unchecked(

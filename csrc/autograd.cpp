@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace bnfuse {
@@ -22,6 +23,7 @@ using torch::autograd::variable_list;
 using OptionalTensor = std::optional<Tensor>;
 using TwoTensors = std::tuple<Tensor, Tensor>;
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // bnfuse_cpp's operator of this name, whose C++ signature is Signature.
 template <typename Signature>
@@ -32,6 +34,14 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 const auto& bn_forward_op() {
   static const auto op = find<FourTensors(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
                                           const Tensor&, c10::string_view, double)>("bnfuse_cpp::bn_forward");
+  return op;
+}
+
+const auto& bn_forward_with_targets_op() {
+  static const auto op =
+      find<SevenTensors(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                        const Tensor&, const OptionalTensor&, double, c10::string_view, double, c10::string_view, bool,
+                        double, double, double, double)>("bnfuse_cpp::bn_forward_with_targets");
   return op;
 }
 
@@ -78,52 +88,72 @@ bool is_ours_alone(const Tensor& gradient) {
          gradient.storage().use_count() == 1 && !gradient.requires_grad();
 }
 
-// ---- bn_forward ----
+// ---- bn_forward, and the same with targets ----
+
+// What a site keeps for backward, in the order in which it is saved.
+enum Saved { X, RESIDUAL, SCALE, SHIFT, GROUP_STARTS, MEAN, MASK, DMEAN, DVAR };
+
+void check_frozen(const Tensor& scale, const Tensor& shift) {
+  TORCH_CHECK(!scale.requires_grad() && !shift.requires_grad(),
+              "a site gives no gradient to scale and shift; freeze the network with bnfuse.freeze(model)");
+}
+
+// `kept`: the tensors of Saved, as far as there are any; the residual is kept only where act' needs it.
+void keep_for_backward(AutogradContext* ctx, variable_list kept, const std::string& act, double slope) {
+  ctx->saved_data["act"] = act;
+  ctx->saved_data["slope"] = slope;
+  ctx->saved_data["has_residual"] = kept[RESIDUAL].defined();
+  // With a mask the residual is not needed again; without a residual there is nothing to keep but x.
+  if (act == "identity" || kept[MASK].sym_numel() != 0) kept[RESIDUAL] = Tensor();
+  ctx->save_for_backward(std::move(kept));
+  ctx->set_materialize_grads(false);
+}
+
+// dx and dresidual, undefined where nobody wants them. dy may be overwritten where nobody else holds it.
+std::pair<Tensor, Tensor> backward_of_site(AutogradContext* ctx, const variable_list& saved, Tensor& dy,
+                                           const Tensor& dmean, const Tensor& dvar) {
+  const Tensor &x = saved[X], &mask = saved[MASK];
+  const OptionalTensor residual = optional(saved[RESIDUAL]);
+  const std::string& act = ctx->saved_data["act"].toStringRef();
+  const double slope = ctx->saved_data["slope"].toDouble();
+  const bool identity = act == "identity";
+
+  if (dy.defined() && dy.sym_strides() != x.sym_strides()) dy = at::empty_like(x).copy_(dy);
+  const bool wants_dresidual = ctx->saved_data["has_residual"].toBool() && ctx->needs_input_grad(1) && dy.defined();
+  const bool derives_dresidual = wants_dresidual && !identity;
+  Tensor dx, dresidual;
+  if (ctx->needs_input_grad(0) || derives_dresidual) {
+    if (dy.defined() && !(wants_dresidual && identity) && is_ours_alone(dy)) {
+      dresidual = bn_backward_in_place_op().call(dy, x, residual, mask, saved[SCALE], saved[SHIFT], saved[MEAN],
+                                                 optional(dmean), optional(dvar), saved[GROUP_STARTS], act, slope,
+                                                 derives_dresidual);
+      dx = dy;
+    } else {
+      std::tie(dx, dresidual) = bn_backward_op().call(optional(dy), x, residual, mask, saved[SCALE], saved[SHIFT],
+                                                      saved[MEAN], optional(dmean), optional(dvar), saved[GROUP_STARTS],
+                                                      act, slope, derives_dresidual);
+    }
+  }
+  if (wants_dresidual && identity) dresidual = dy;
+  return {dx, wants_dresidual ? dresidual : Tensor()};
+}
 
 struct BnForward : torch::autograd::Function<BnForward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& residual,
                                const Tensor& scale, const Tensor& shift, const Tensor& group_starts,
                                const std::string& act, double slope) {
+    check_frozen(scale, shift);
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, mean, var, mask] = bn_forward_op().call(x, residual, scale, shift, group_starts, act, slope);
-    // With a mask the residual is not needed again; without a residual there is nothing to keep but x.
-    const bool keeps_residual = residual && act != "identity" && mask.sym_numel() == 0;
-    ctx->save_for_backward({x, keeps_residual ? *residual : Tensor(), scale, shift, group_starts, mean, mask});
-    ctx->saved_data["act"] = act;
-    ctx->saved_data["slope"] = slope;
-    ctx->saved_data["has_residual"] = residual.has_value();
-    ctx->set_materialize_grads(false);
+    keep_for_backward(ctx, {x, residual.value_or(Tensor()), scale, shift, group_starts, mean, mask}, act, slope);
     ctx->mark_non_differentiable({mask});
     return {y, mean, var, mask};
   }
 
   // By reference, so that a gradient that nobody else holds is seen to be so.
   static variable_list backward(AutogradContext* ctx, variable_list& gradients) {
-    const variable_list saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &mask = saved[6], &dmean = gradients[1], &dvar = gradients[2];
-    const OptionalTensor residual = optional(saved[1]);
-    const std::string& act = ctx->saved_data["act"].toStringRef();
-    const double slope = ctx->saved_data["slope"].toDouble();
-    const bool identity = act == "identity";
-
-    Tensor& dy = gradients[0];
-    if (dy.defined() && dy.sym_strides() != x.sym_strides()) dy = at::empty_like(x).copy_(dy);
-    const bool wants_dresidual = ctx->saved_data["has_residual"].toBool() && ctx->needs_input_grad(1) && dy.defined();
-    const bool derives_dresidual = wants_dresidual && !identity;
-    Tensor dx, dresidual;
-    if (ctx->needs_input_grad(0) || derives_dresidual) {
-      if (dy.defined() && !(wants_dresidual && identity) && is_ours_alone(dy)) {
-        dresidual = bn_backward_in_place_op().call(dy, x, residual, mask, saved[2], saved[3], saved[5], optional(dmean),
-                                                   optional(dvar), saved[4], act, slope, derives_dresidual);
-        dx = dy;
-      } else {
-        std::tie(dx, dresidual) =
-            bn_backward_op().call(optional(dy), x, residual, mask, saved[2], saved[3], saved[5], optional(dmean),
-                                  optional(dvar), saved[4], act, slope, derives_dresidual);
-      }
-    }
-    if (wants_dresidual && identity) dresidual = dy;
-    return {dx, wants_dresidual ? dresidual : Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+    auto [dx, dresidual] = backward_of_site(ctx, ctx->get_saved_variables(), gradients[0], gradients[1], gradients[2]);
+    return {dx, dresidual, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -131,6 +161,54 @@ FourTensors bn_forward(const Tensor& x, const OptionalTensor& residual, const Te
                        const Tensor& group_starts, c10::string_view act, double slope) {
   const variable_list out = BnForward::apply(x, residual, scale, shift, group_starts, std::string(act), slope);
   return {out[0], out[1], out[2], out[3]};
+}
+
+// factor·coefficients (+ gradient), where factor is a scalar tensor; any of the two terms may be absent.
+Tensor scaled_sum(const Tensor& factor, const Tensor& coefficients, const Tensor& gradient) {
+  if (!factor.defined()) return gradient;
+  // A loss that is summed as it is has the factor 1; on the CPU it costs nothing to see that.
+  const bool is_one = factor.is_cpu() && !at::isTensorSubclassLike(factor) && factor.item<double>() == 1;
+  const Tensor scaled = is_one ? coefficients : coefficients * factor;
+  return gradient.defined() ? scaled + gradient : scaled;
+}
+
+struct BnForwardWithTargets : torch::autograd::Function<BnForwardWithTargets> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& residual,
+                               const Tensor& scale, const Tensor& shift, const Tensor& group_starts,
+                               const Tensor& target_mean, const Tensor& target_var, const OptionalTensor& classes,
+                               double weight, const std::string& act, double slope, const std::string& distance,
+                               bool use_std, double eps, double slack, double mean_weight, double var_weight) {
+    check_frozen(scale, shift);
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, mean, var, mask, loss, dmean, dvar] =
+        bn_forward_with_targets_op().call(x, residual, scale, shift, group_starts, target_mean, target_var, classes, weight,
+                                          act, slope, distance, use_std, eps, slack, mean_weight, var_weight);
+    keep_for_backward(ctx, {x, residual.value_or(Tensor()), scale, shift, group_starts, mean, mask, dmean, dvar}, act,
+                      slope);
+    ctx->mark_non_differentiable({mask, dmean, dvar});
+    return {y, mean, var, mask, loss, dmean, dvar};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list& gradients) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor dmean = scaled_sum(gradients[4], saved[DMEAN], gradients[1]);
+    const Tensor dvar = scaled_sum(gradients[4], saved[DVAR], gradients[2]);
+    auto [dx, dresidual] = backward_of_site(ctx, saved, gradients[0], dmean, dvar);
+    variable_list result{dx, dresidual};
+    result.resize(17);
+    return result;
+  }
+};
+
+SevenTensors bn_forward_with_targets(const Tensor& x, const OptionalTensor& residual, const Tensor& scale,
+                                     const Tensor& shift, const Tensor& group_starts, const Tensor& target_mean,
+                                     const Tensor& target_var, const OptionalTensor& classes, double weight,
+                                     c10::string_view act, double slope, c10::string_view distance, bool use_std,
+                                     double eps, double slack, double mean_weight, double var_weight) {
+  const variable_list out = BnForwardWithTargets::apply(
+      x, residual, scale, shift, group_starts, target_mean, target_var, classes, weight, std::string(act), slope,
+      std::string(distance), use_std, eps, slack, mean_weight, var_weight);
+  return {out[0], out[1], out[2], out[3], out[4], out[5], out[6]};
 }
 
 // ---- group_moments ----
@@ -308,6 +386,7 @@ TORCH_LIBRARY_IMPL(bnfuse_cpp, CompositeExplicitAutograd, m) { m.impl("frozen_co
 
 TORCH_LIBRARY_IMPL(bnfuse_cpp, AutogradCPU, m) {
   m.impl("bn_forward", &bnfuse::bn_forward);
+  m.impl("bn_forward_with_targets", &bnfuse::bn_forward_with_targets);
   m.impl("bn_backward", &bnfuse::bn_backward);
   m.impl("group_moments", &bnfuse::group_moments);
   m.impl("group_moments_backward", &bnfuse::group_moments_backward);

@@ -24,3 +24,9 @@ def poisoned_memory():
         backends.extension.poison_pool(False)
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(scope="session")
+def extension():
+    if backends.extension is None:
+        pytest.fail(f"the C++ extension is part of what is tested, and {backends._description('cpp').reason}", pytrace=False)

@@ -71,3 +71,16 @@ class Shared(nn.Module):
 
     def forward(self, x):
         return self.fc(F.relu(self.bn(self.conv(F.relu(self.bn(self.conv(x)))))).mean((2, 3)))
+
+
+class Viewing(nn.Module):
+    """It takes positions and channels together by `view`, which only contiguous activations allow, and reads bits by another."""
+
+    def __init__(self, size: int = 8):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(4 * size * size, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn(self.conv(x)))
+        logits = self.fc(x.view(x.size(0), -1))
+        return logits + logits.detach().view(torch.int32).sign()

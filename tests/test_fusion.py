@@ -6,13 +6,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Chains, Shared, Untraceable, settle
+from networks import Chains, Shared, Untraceable, Viewing, settle
 from real_data import real_data
 from torch import nn
 from torchvision_shim import import_torchvision
 
 from bnfuse import InputError, fuse
-from bnfuse.fusion import FrozenConvolution
+from bnfuse.fusion import FrozenConvolution, FusedBatchNorm
 from bnfuse.models import batchnorm_layers, build_model, load_teacher
 from bnfuse.preprocessing import Preprocessing
 
@@ -229,11 +229,60 @@ def test_autocast_keeps_float32_statistics():
         torch.testing.assert_close(mean, expected[name][0], rtol=0.1, atol=0.05)
 
 
+def layouts_inside(fused, images):
+    """The layouts in which a fused network's sites see their inputs."""
+    seen = set()
+
+    def observe(_module, inputs):
+        if inputs[0].dim() == 4:
+            seen.update(f for f in (torch.contiguous_format, torch.channels_last) if inputs[0].is_contiguous(memory_format=f))
+
+    handles = [m.register_forward_pre_hook(observe) for m in fused.body.modules() if isinstance(m, FusedBatchNorm)]
+    fused(images)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("memory_format", [None, torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("given", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_a_traced_network_runs_in_the_layout_asked_for(memory_format, given):
+    fused = fuse(settle(build_model("resnet8", 5)), memory_format=memory_format)
+    images = torch.randn(2, 3, 16, 16).to(memory_format=given)
+    assert layouts_inside(fused, images) == {memory_format or torch.channels_last}
+
+
+@pytest.mark.parametrize("given", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_a_network_that_was_not_traced_keeps_the_images_layout(given):
+    fused = fuse(settle(build_model("resnet8", 5)), trace=False)
+    assert layouts_inside(fused, torch.randn(2, 3, 16, 16).to(memory_format=given)) == {given}
+    asked = fuse(settle(build_model("resnet8", 5)), trace=False, memory_format=torch.channels_last)
+    assert layouts_inside(asked, torch.randn(2, 3, 16, 16).to(memory_format=given)) == {torch.channels_last}
+
+
+def test_a_view_does_not_bind_a_traced_network_to_one_layout():
+    check_same(settle(Viewing()), torch.randn(4, 3, 8, 8), [0, 1, 4])
+    check_same(settle(Viewing()), torch.randn(4, 3, 8, 8), [0, 1, 4], trace=False)
+
+
+def test_weights_are_laid_out_once_and_the_original_s_stay_as_they_are():
+    model = settle(build_model("resnet8", 5))
+    before = {name: weight.stride() for name, weight in model.named_parameters()}
+    fused = fuse(model)
+    assert {name: weight.stride() for name, weight in model.named_parameters()} == before
+    convolutions = [m.convolution for m in fused.modules() if isinstance(m, FrozenConvolution)]
+    assert len(convolutions) == 7
+    assert all(c.weight.is_contiguous(memory_format=torch.channels_last) for c in convolutions)
+    assert not any(c.weight.requires_grad for c in convolutions)
+
+
 def test_unfit_networks_are_refused():
     with pytest.raises(InputError, match="eval"):
         fuse(Chains())
     with pytest.raises(InputError, match="unknown backend"):
         fuse(settle(Chains()), backend="fast")
+    with pytest.raises(InputError, match="memory_format must be torch.channels_last"):
+        fuse(settle(Chains()), memory_format=torch.channels_last_3d)
 
 
 # ---- convolutions that keep nothing of their input ----

@@ -23,12 +23,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "extension")
 SLOPE = 0.125
 
 
-@pytest.fixture(scope="session")
-def extension():
-    if backends.extension is None:
-        pytest.fail(f"the C++ extension is part of what is tested, and {backends._description('cpp').reason}", pytrace=False)
-
-
 # ---- inputs ----
 
 

@@ -65,6 +65,7 @@ def results() -> dict[str, dict]:
             "processor": "Example",
             "threads": 2,
             "torch": "2.13.0",
+            "command": "pytest benchmarks",
         }
         for suite, cases in CASES.items()
     }

@@ -128,6 +128,13 @@ void narrow_span(const A* __restrict in, int64_t n, T* __restrict out) {
   for (; i < n; ++i) narrow(in[i], out[i]);
 }
 
+// Asks for x [n] to be brought near.
+template <typename T>
+BNFUSE_INLINE void fetch_span(const T* x, int64_t n) {
+  constexpr int64_t LINE = 64 / sizeof(T);
+  for (int64_t i = 0; i < n; i += LINE) __builtin_prefetch(x + i, 0, 2);
+}
+
 // ---- a tile ----
 
 struct Shape {
@@ -192,11 +199,31 @@ template <typename A>
 struct VectorOf;
 template <>
 struct VectorOf<float> {
+  using Bits = int32_t;
   typedef float type __attribute__((vector_size(VECTOR_BYTES)));
+  typedef Bits bits __attribute__((vector_size(VECTOR_BYTES)));
 };
 template <>
 struct VectorOf<double> {
+  using Bits = int64_t;
   typedef double type __attribute__((vector_size(VECTOR_BYTES)));
+  typedef Bits bits __attribute__((vector_size(VECTOR_BYTES)));
+};
+
+// The last elements of a span that do not fill a vector: the vector that ends with the span, of which `keep` leaves `count`.
+template <typename A>
+struct Tail {
+  using Bits = typename VectorOf<A>::bits;
+  static constexpr int64_t LANES = VECTOR_BYTES / sizeof(A);
+  Bits mask;
+
+  explicit Tail(int64_t count) {
+    for (int64_t lane = 0; lane < LANES; ++lane) mask[lane] = lane >= LANES - count ? -1 : 0;
+  }
+
+  BNFUSE_INLINE typename VectorOf<A>::type keep(typename VectorOf<A>::type v) const {
+    return (typename VectorOf<A>::type)((Bits)v & mask);
+  }
 };
 
 template <typename A>
@@ -251,41 +278,75 @@ void exact_moments(const A* x, int64_t n, double& mean, double& m2) {
   for (int64_t i = 0; i < n; ++i) m2 += (double(x[i]) - mean) * (double(x[i]) - mean);
 }
 
-// Merges x [n], n ≤ PLANE_TILE, all of one channel, into that channel's moments of `count` elements.
+// Pieces of planes, all n elements long: what their moments need that is the same for each of them.
 //
-// First the mean of the piece, then first and second moments about it: what rounding took from the mean comes back
-// through the first moment, and a mean far larger than the deviation does not cancel.
+// First the mean of a piece, then first and second moments about it: what rounding took from the mean comes back through
+// the first moment, and a mean far larger than the deviation does not cancel.
 template <typename A>
-void add_span(const A* x, int64_t n, double count, double& mean, double& m2) {
+struct Span {
   using Vector = typename VectorOf<A>::type;
-  constexpr int64_t LANES = VECTOR_BYTES / sizeof(A);
-  const A pivot = sum_span(x, n) / A(n);
+  static constexpr int64_t LANES = VECTOR_BYTES / sizeof(A);
+  int64_t n, whole;  // elements; those of whole vectors
+  double share;      // 1/n
+  Tail<A> tail;
 
-  Vector s0{}, s1{}, q0{}, q1{};
-  int64_t i = 0;
-  for (; i + 2 * LANES <= n; i += 2 * LANES) {
-    const Vector d0 = load_vector(x + i) - pivot;
-    const Vector d1 = load_vector(x + i + LANES) - pivot;
-    s0 += d0;
-    s1 += d1;
-    q0 += d0 * d0;
-    q1 += d1 * d1;
+  explicit Span(int64_t n) : n(n), whole(n / LANES * LANES), share(1.0 / double(n)), tail(n % LANES) {}
+
+  // The vector that ends with the span, less what `whole` has.
+  BNFUSE_INLINE Vector load_tail(const A* x) const { return load_vector(x + n - LANES); }
+
+  A sum(const A* x) const {
+    if (n < LANES) return sum_span(x, n);
+    Vector sum0{}, sum1{}, sum2{}, sum3{};
+    int64_t i = 0;
+    for (; i + 4 * LANES <= whole; i += 4 * LANES) {
+      sum0 += load_vector(x + i);
+      sum1 += load_vector(x + i + LANES);
+      sum2 += load_vector(x + i + 2 * LANES);
+      sum3 += load_vector(x + i + 3 * LANES);
+    }
+    for (; i < whole; i += LANES) sum0 += load_vector(x + i);
+    if (whole != n) sum1 += tail.keep(load_tail(x));
+    return sum_lanes<A>((sum0 + sum1) + (sum2 + sum3));
   }
-  for (; i + LANES <= n; i += LANES) {
-    const Vector d = load_vector(x + i) - pivot;
-    s0 += d;
-    q0 += d * d;
+
+  // mean and m2 of x [n], all of one channel.
+  void moments(const A* x, double& mean, double& m2) const {
+    const A pivot = sum(x) * A(share);
+    Vector s0{}, s1{}, q0{}, q1{};
+    int64_t i = 0;
+    for (; i + 2 * LANES <= whole; i += 2 * LANES) {
+      const Vector d0 = load_vector(x + i) - pivot;
+      const Vector d1 = load_vector(x + i + LANES) - pivot;
+      s0 += d0;
+      s1 += d1;
+      q0 += d0 * d0;
+      q1 += d1 * d1;
+    }
+    for (; i < whole; i += LANES) {
+      const Vector d = load_vector(x + i) - pivot;
+      s0 += d;
+      q0 += d * d;
+    }
+    A s_rest = 0, q_rest = 0;
+    if (whole != n && n >= LANES) {
+      const Vector d = tail.keep(load_tail(x) - pivot);
+      s1 += d;
+      q1 += d * d;
+    } else {
+      for (; i < n; ++i) {
+        const A d = x[i] - pivot;
+        s_rest += d;
+        q_rest += d * d;
+      }
+    }
+    const double s = double(sum_lanes<A>(s0 + s1) + s_rest), q = double(sum_lanes<A>(q0 + q1) + q_rest);
+    mean = double(pivot) + s * share;
+    const double centred = q - s * (s * share);
+    m2 = centred < 0 ? 0 : centred;  // rounding alone makes it negative; NaN stays
+    if (!is_finite(m2)) exact_moments(x, n, mean, m2);
   }
-  A s = sum_lanes<A>(s0 + s1), q = sum_lanes<A>(q0 + q1);
-  for (; i < n; ++i) {
-    const A d = x[i] - pivot;
-    s += d;
-    q += d * d;
-  }
-  double mean_here = double(pivot) + double(s) / double(n), m2_here = centred_m2(s, q, double(n));
-  if (!is_finite(m2_here)) exact_moments(x, n, mean_here, m2_here);
-  merge_moments(mean, m2, mean_here, m2_here, merge_weights(count, n));
-}
+};
 
 // ---- columns and their channels ----
 
@@ -388,15 +449,22 @@ struct ColumnMoments {
   bool finish(Columns columns, double count, double* __restrict mean, double* __restrict m2) {
     gather(s, columns);
     gather(q, columns);
-    bool all_trusted = true;
+    if (columns.run > 1)
+      for (int64_t c = 0; c < columns.channels; ++c) pivot[c] = pivot[c * columns.run];
+    // Plain loops over doubles, which vectorise: there may be as many channels to finish as rows were added.
+    const double share = 1 / count;
+    int64_t doubtful = 0;
     for (int64_t c = 0; c < columns.channels; ++c) {
-      const double first_moment = double(s[c]);
-      mean[c] = double(pivot[c * columns.run]) + first_moment / count;
-      m2[c] = centred_m2(s[c], q[c], count);
-      trusted[c] = is_finite(m2[c]) & !(first_moment * first_moment / count > m2[c]);
-      all_trusted &= trusted[c];
+      const double first_moment = double(s[c]), offset = first_moment * (first_moment * share);
+      const double centred = double(q[c]) - offset;
+      mean[c] = double(pivot[c]) + first_moment * share;
+      m2[c] = centred < 0 ? 0 : centred;  // rounding alone makes it negative; NaN stays
+      doubtful |= int64_t(!is_finite(m2[c])) | int64_t(offset > m2[c]);
     }
-    return all_trusted;
+    if (!doubtful) return true;
+    for (int64_t c = 0; c < columns.channels; ++c)
+      trusted[c] = is_finite(m2[c]) & !(double(s[c]) * (double(s[c]) * share) > m2[c]);
+    return false;
   }
 };
 
@@ -569,6 +637,40 @@ void derive_from_flags(Tile<const A> dy, Shape shape, const uint8_t* flags, A be
   }
 }
 
+// Both steps in one loop, for the common case: dy and dvar are there, act' comes from x alone, and nobody wants dz.
+template <typename A>
+using BackwardFunction = void (*)(Tile<const A> dy, Tile<const A> x, Shape, Coefficients<A>, A slope, Tile<A> dx);
+
+template <typename A, Act ACT, bool SAME>
+void backward_at_once(Tile<const A> dy, Tile<const A> x, Shape shape, Coefficients<A> coefficients, A slope, Tile<A> dx) {
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    const A *x_row = x.data + r * x.stride, *dy_row = dy.data + r * dy.stride;
+    A* dx_row = dx.data + r * dx.stride;  // may be dy_row: an element is read before it is written, and never again
+    const A scale_0 = coefficients.scale[0], shift_0 = coefficients.shift[0], mean_0 = coefficients.mean[0],
+            a_0 = coefficients.dmean[0], b_0 = coefficients.dvar[0];
+#pragma GCC ivdep
+    for (int64_t i = 0; i < shape.width; ++i) {
+      const A scale = SAME ? scale_0 : coefficients.scale[i], shift = SAME ? shift_0 : coefficients.shift[i];
+      const A mean = SAME ? mean_0 : coefficients.mean[i];
+      const A a = SAME ? a_0 : coefficients.dmean[i], b = SAME ? b_0 : coefficients.dvar[i];
+      const A dz = derivative<ACT>(scale * x_row[i] + shift, slope) * dy_row[i];
+      dx_row[i] = scale * dz + (a + b * (x_row[i] - mean));
+    }
+  }
+}
+
+template <typename A, bool SAME>
+BackwardFunction<A> select_backward_at_once(Act act) {
+  switch (act) {
+    case Act::relu: return backward_at_once<A, Act::relu, SAME>;
+    case Act::relu6: return backward_at_once<A, Act::relu6, SAME>;
+    case Act::leaky_relu: return backward_at_once<A, Act::leaky_relu, SAME>;
+    case Act::silu: return backward_at_once<A, Act::silu, SAME>;
+    case Act::hardswish: return backward_at_once<A, Act::hardswish, SAME>;
+    default: return backward_at_once<A, Act::identity, SAME>;
+  }
+}
+
 // An absent dvar must not touch x: 0·inf would be NaN.
 template <typename A, bool DY, bool DVAR, bool SAME>
 void combine(Tile<const A> dz, Tile<const A> x, Shape shape, Coefficients<A> coefficients, Tile<A> dx) {
@@ -592,6 +694,7 @@ struct BackwardTile {
   using A = Accumulator<T>;
   const Backward& f;
   DeriveFunction<A> derive;
+  BackwardFunction<A> at_once;  // or null
   alignas(64) A x_buffer[TILE_SIZE];
   alignas(64) A dy_buffer[TILE_SIZE];
   alignas(64) A residual_buffer[TILE_SIZE];
@@ -600,11 +703,21 @@ struct BackwardTile {
   uint8_t flags[TILE_SIZE];
 
   explicit BackwardTile(const Backward& f)
-      : f(f), derive(f.residual ? select_derive<A, true, SAME>(f.act) : select_derive<A, false, SAME>(f.act)) {}
+      : f(f),
+        derive(f.residual ? select_derive<A, true, SAME>(f.act) : select_derive<A, false, SAME>(f.act)),
+        at_once(f.dy && f.dvar && !f.residual && !f.mask && !f.dresidual ? select_backward_at_once<A, SAME>(f.act)
+                                                                         : nullptr) {}
 
   // The tile at element `at`, whose rows lie `stride` apart.
   void operator()(int64_t at, int64_t stride, Shape shape, Coefficients<A> coefficients, MaskTile mask) {
     const Tile<const A> x = load(static_cast<const T*>(f.x) + at, stride, shape, x_buffer);
+    T* out = static_cast<T*>(f.dx) + at;
+    const Tile<A> dx = target(out, stride, shape, dx_buffer);
+    if (at_once) {
+      at_once(load(static_cast<const T*>(f.dy) + at, stride, shape, dy_buffer), x, shape, coefficients, A(f.slope), dx);
+      store(dx, out, stride, shape);
+      return;
+    }
     const Tile<A> dz{dz_buffer, shape.width};
     if (f.dy) {
       const Tile<const A> dy = load(static_cast<const T*>(f.dy) + at, stride, shape, dy_buffer);
@@ -622,8 +735,6 @@ struct BackwardTile {
     if (f.dresidual) store(dz, static_cast<T*>(f.dresidual) + at, stride, shape);
     const auto combine_tile = f.dy ? (f.dvar ? combine<A, true, true, SAME> : combine<A, true, false, SAME>)
                                    : (f.dvar ? combine<A, false, true, SAME> : combine<A, false, false, SAME>);
-    T* out = static_cast<T*>(f.dx) + at;
-    const Tile<A> dx = target(out, stride, shape, dx_buffer);
     combine_tile({dz.data, dz.stride}, x, shape, coefficients, dx);
     store(dx, out, stride, shape);
   }
@@ -643,14 +754,22 @@ template <typename T>
 void forward_planes_of(const Forward& f, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   ForwardTile<T, true> forward_tile(f);
+  const Span<A> whole_tile(f.plane_size < PLANE_TILE ? f.plane_size : PLANE_TILE);
+  const Span<A> last_tile((f.plane_size - 1) % PLANE_TILE + 1);
   double mean = 0, m2 = 0;
   for_each_plane_tile(f.plane_size, begin, end, [&](int64_t plane, int64_t i, Shape shape) {
     const int64_t c = plane % f.channels, at = plane * f.plane_size + i;
     const Coefficients<A> coefficients{static_cast<const A*>(f.scale) + c, static_cast<const A*>(f.shift) + c, nullptr,
                                        nullptr, nullptr};
-    if (i == 0) mean = m2 = 0;
     const Tile<const A> x = forward_tile.load_x(at, shape.width, shape);
-    add_span(x.data, shape.width, double(i), mean, m2);
+    const Span<A>& span = shape.width == whole_tile.n ? whole_tile : last_tile;
+    if (i == 0) {
+      span.moments(x.data, mean, m2);
+    } else {
+      double mean_here, m2_here;
+      span.moments(x.data, mean_here, m2_here);
+      merge_moments(mean, m2, mean_here, m2_here, merge_weights(double(i), double(shape.width)));
+    }
     const MaskTile mask{f.mask ? f.mask + plane * mask_bytes(f.plane_size) + i / 8 : nullptr, shape.width, 0, 0};
     forward_tile(x, at, shape.width, shape, coefficients, mask);
     f.partial_mean[plane] = mean;
@@ -694,16 +813,20 @@ struct Item {
   }
 
   // Calls tile(element it starts at, its shape, stride of its rows, row of memory it starts at) for all tiles of the first
-  // `count` rows of memory: whole rows of the tile, and at the end one shorter row with the rows of memory left over.
-  template <typename Function>
-  BNFUSE_INLINE void for_each_tile(const ColumnWalk& walk, int64_t count, const Function& tile) const {
+  // `count` rows of memory: whole rows of the tile, and at the end one shorter row with the rows of memory left over. Before a
+  // tile, fetch(element, elements) is called for the rows of the next one: its pieces of rows, far from one another, are too
+  // short for the processor to see what comes.
+  template <typename Function, typename Fetch>
+  BNFUSE_INLINE void for_each_tile(const ColumnWalk& walk, int64_t count, const Function& tile, const Fetch& fetch) const {
     const int64_t row_elements = walk.channels * walk.run;  // of a row of memory
     const int64_t width = columns.width(), stride = walk.fold * row_elements;
     const int64_t step = TILE_SIZE / width;
     const int64_t whole = count / walk.fold, rest = count % walk.fold;
     const int64_t start = rows.begin * row_elements + first_channel * walk.run;
-    for (int64_t r = 0; r < whole; r += step)
+    for (int64_t r = 0; r < whole; r += step) {
+      for (int64_t next = r + step; next < whole && next < r + 2 * step; ++next) fetch(start + next * stride, width);
       tile(start + r * stride, Shape{whole - r < step ? whole - r : step, width}, stride, rows.begin + r * walk.fold);
+    }
     if (rest)
       tile(start + whole * stride, Shape{1, rest * columns.channels * columns.run}, stride, rows.begin + whole * walk.fold);
   }
@@ -736,15 +859,18 @@ void forward_columns_of(const Forward& f, const ColumnWalk& walk, int64_t begin,
     }
     moments.start(item.columns);
     const int64_t first_rows = rows < FIRST_ROWS * walk.fold ? rows : FIRST_ROWS * walk.fold;
-    item.for_each_tile(walk, first_rows, [&](int64_t at, Shape shape, int64_t stride, int64_t) {
+    const auto add_to_pivot = [&](int64_t at, Shape shape, int64_t stride, int64_t) {
       moments.add_to_pivot(forward_tile.load_x(at, stride, shape), shape);
-    });
+    };
+    const auto fetch = [&](int64_t at, int64_t n) { fetch_span(static_cast<const T*>(f.x) + at, n); };
+    item.for_each_tile(walk, first_rows, add_to_pivot, fetch);
     moments.finish_pivot(item.columns, double(first_rows * walk.run));
-    item.for_each_tile(walk, rows, [&](int64_t at, Shape shape, int64_t stride, int64_t row) {
+    const auto add_and_apply = [&](int64_t at, Shape shape, int64_t stride, int64_t row) {
       const Tile<const A> x = forward_tile.load_x(at, stride, shape);
       moments.add(x, shape);
       forward_tile(x, at, stride, shape, coefficients, item.mask(walk, f.mask, row));
-    });
+    };
+    item.for_each_tile(walk, rows, add_and_apply, fetch);
     const double count = double(rows * walk.run);
     double* mean = f.partial_mean + item.chunk * f.channels + first;
     double* m2 = f.partial_m2 + item.chunk * f.channels + first;
@@ -753,9 +879,10 @@ void forward_columns_of(const Forward& f, const ColumnWalk& walk, int64_t begin,
     exact.start(item.columns);
     for (int64_t c = 0; c < item.columns.channels; ++c) exact.pivot[c] = is_finite(mean[c]) ? mean[c] : 0;
     spread(exact.pivot, item.columns);
-    item.for_each_tile(walk, rows, [&](int64_t at, Shape shape, int64_t stride, int64_t) {
+    const auto add_exactly = [&](int64_t at, Shape shape, int64_t stride, int64_t) {
       exact.add(forward_tile.load_x(at, stride, shape), shape);
-    });
+    };
+    item.for_each_tile(walk, rows, add_exactly, fetch);
     double exact_mean[COLUMN_TILE], exact_m2[COLUMN_TILE];
     exact.finish(item.columns, count, exact_mean, exact_m2);
     for (int64_t c = 0; c < item.columns.channels; ++c) {
@@ -789,9 +916,14 @@ void backward_columns_of(const Backward& f, const ColumnWalk& walk, int64_t begi
     b.fill(item.columns, [&](int64_t c) {
       return f.dvar ? var_coefficient(static_cast<const A*>(f.dvar)[g_c + c], count) : A(0);
     });
-    item.for_each_tile(walk, item.rows.end - item.rows.begin, [&](int64_t at, Shape shape, int64_t stride, int64_t row) {
+    const auto apply = [&](int64_t at, Shape shape, int64_t stride, int64_t row) {
       backward_tile(at, stride, shape, coefficients, item.mask(walk, const_cast<uint8_t*>(f.mask), row));
-    });
+    };
+    const auto fetch = [&](int64_t at, int64_t n) {
+      fetch_span(static_cast<const T*>(f.x) + at, n);
+      if (f.dy) fetch_span(static_cast<const T*>(f.dy) + at, n);
+    };
+    item.for_each_tile(walk, item.rows.end - item.rows.begin, apply, fetch);
   }
 }
 

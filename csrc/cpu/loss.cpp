@@ -14,6 +14,8 @@
 #include <vector>
 
 #include "describe.h"
+#include "loss.h"
+#include "pool.h"
 
 namespace bnfuse {
 namespace {
@@ -21,25 +23,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-enum class Distance { l2, l2_squared, mse, l1, kl, hinge };  // in the order of reference.DISTANCES
-
-Distance parse_distance(const std::string& distance) {
-  const std::array<const char*, 6> names{"l2", "l2_squared", "mse", "l1", "kl", "hinge"};
-  for (size_t i = 0; i < names.size(); ++i)
-    if (distance == names[i]) return static_cast<Distance>(i);
-  STD_TORCH_CHECK(false, "distance must be one of l2, l2_squared, mse, l1, kl, hinge, got '", distance, "'");
-}
-
-struct Options {
-  Distance distance;
-  bool use_std;
-  double eps, slack, mean_weight, var_weight;
-};
-
 double sign(double d) { return d > 0 ? 1 : d < 0 ? -1 : d; }  // NaN stays
 
 // Adds weight·distance(delta [C]) to the result, and its derivative by delta [C] to `gradient`.
-double add_term(const std::vector<double>& delta, const Options& options, double weight, std::vector<double>& gradient) {
+double add_term(const std::vector<double>& delta, const LossOptions& options, double weight, std::vector<double>& gradient) {
   const size_t channels = delta.size();
   const double share = options.distance == Distance::mse || options.distance == Distance::l1 ? 1.0 / channels : 1.0;
   double sum = 0;
@@ -74,7 +61,7 @@ double add_term(const std::vector<double>& delta, const Options& options, double
 // One group's distance at one site, and its derivatives by mean and var [C].
 template <typename A>
 double site_distance(const A* mean, const A* var, const A* target_mean, const A* target_var, int64_t channels,
-                     const Options& options, std::vector<double>& dmean, std::vector<double>& dvar) {
+                     const LossOptions& options, std::vector<double>& dmean, std::vector<double>& dvar) {
   dmean.resize(channels);
   dvar.resize(channels);
   if (options.distance == Distance::kl) {
@@ -100,14 +87,14 @@ double site_distance(const A* mean, const A* var, const A* target_mean, const A*
   return distance;
 }
 
+// All sites; what it writes is described at bn_loss in bnfuse/ops.py.
 template <typename A>
 void run(const std::vector<Tensor>& mean, const std::vector<Tensor>& var, const Tensor& target_mean,
-         const Tensor& target_var, const std::vector<int64_t>& rows, const Tensor& site_weights, const Options& options,
-         Tensor& loss, Tensor& distances, Tensor& dmean, Tensor& dvar) {
+         const Tensor& target_var, const std::vector<int64_t>& rows, const std::vector<double>& weights,
+         const LossOptions& options, Tensor& loss, A* distances, Tensor& dmean, Tensor& dvar) {
   const int64_t groups = mean[0].size(0), sites = static_cast<int64_t>(mean.size());
   const int64_t table_width = target_mean.size(1);
-  const A* weights = site_weights.const_data_ptr<A>();
-  A* distances_out = distances.mutable_data_ptr<A>();
+  const A *target_means = target_mean.const_data_ptr<A>(), *target_vars = target_var.const_data_ptr<A>();
   A* dmean_out = dmean.mutable_data_ptr<A>();
   A* dvar_out = dvar.mutable_data_ptr<A>();
   std::vector<double> mean_gradient, var_gradient;
@@ -117,12 +104,12 @@ void run(const std::vector<Tensor>& mean, const std::vector<Tensor>& var, const 
     const int64_t channels = mean[s].size(1);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t target = rows[g] * table_width + column;
-      const double distance = site_distance(mean[s].const_data_ptr<A>() + g * channels, var[s].const_data_ptr<A>() + g * channels,
-                                            target_mean.const_data_ptr<A>() + target, target_var.const_data_ptr<A>() + target,
-                                            channels, options, mean_gradient, var_gradient);
-      const double weight = double(weights[s]) / groups;
+      const double distance = site_distance(mean[s].const_data_ptr<A>() + g * channels,
+                                            var[s].const_data_ptr<A>() + g * channels, target_means + target,
+                                            target_vars + target, channels, options, mean_gradient, var_gradient);
+      const double weight = weights[s] / groups;
       total += weight * distance;
-      distances_out[g * sites + s] = static_cast<A>(distance);
+      if (distances) distances[g * sites + s] = static_cast<A>(distance);
       for (int64_t c = 0; c < channels; ++c) {
         *dmean_out++ = static_cast<A>(weight * mean_gradient[c]);
         *dvar_out++ = static_cast<A>(weight * var_gradient[c]);
@@ -131,6 +118,15 @@ void run(const std::vector<Tensor>& mean, const std::vector<Tensor>& var, const 
     column += channels;
   }
   *loss.mutable_data_ptr<A>() = static_cast<A>(total);
+}
+
+Tensor as_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+template <typename A>
+std::vector<double> as_doubles(const Tensor& values) {
+  const Tensor dense = as_contiguous(values);
+  const A* first = dense.const_data_ptr<A>();
+  return std::vector<double>(first, first + dense.numel());
 }
 
 void check(const char* name, const Tensor& tensor, ScalarType dtype, const std::vector<int64_t>& shape) {
@@ -143,13 +139,13 @@ void check(const char* name, const Tensor& tensor, ScalarType dtype, const std::
 std::vector<Tensor> check_moments(const char* name, const std::vector<Tensor>& moments, const std::vector<Tensor>& like) {
   STD_TORCH_CHECK(moments.size() == like.size(), name, " must have one tensor a site, ", like.size(), ", got ",
                   moments.size());
-  std::vector<Tensor> contiguous;
+  std::vector<Tensor> dense;
   for (size_t s = 0; s < moments.size(); ++s) {
     STD_TORCH_CHECK(like[s].dim() == 2, name, " must be [G, C] at every site, got ", describe(like[s]));
     check(name, moments[s], like[0].scalar_type(), {like[0].size(0), like[s].size(1)});
-    contiguous.push_back(torch::stable::contiguous(moments[s]));
+    dense.push_back(as_contiguous(moments[s]));
   }
-  return contiguous;
+  return dense;
 }
 
 // The row of the targets' table for each group.
@@ -157,8 +153,8 @@ std::vector<int64_t> target_rows(const std::optional<Tensor>& classes, int64_t g
   if (table_rows == 1) return std::vector<int64_t>(groups, 0);
   STD_TORCH_CHECK(classes.has_value(), "a table of ", table_rows, " targets needs the class of each group, got none");
   check("classes", *classes, ScalarType::Long, {groups});
-  const Tensor contiguous = torch::stable::contiguous(*classes);
-  const int64_t* first = contiguous.const_data_ptr<int64_t>();
+  const Tensor dense = as_contiguous(*classes);
+  const int64_t* first = dense.const_data_ptr<int64_t>();
   const std::vector<int64_t> rows(first, first + groups);
   for (const int64_t row : rows)
     STD_TORCH_CHECK(row >= 0 && row < table_rows, "classes must be from 0 to ", table_rows - 1, ", got ", row);
@@ -170,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_loss(const std::vector<Tensor>& me
                                                    const std::optional<Tensor>& classes, const Tensor& site_weights,
                                                    const std::string& distance, bool use_std, double eps, double slack,
                                                    double mean_weight, double var_weight) {
-  const Options options{parse_distance(distance), use_std, eps, slack, mean_weight, var_weight};
+  const LossOptions options{parse_distance(distance), use_std, eps, slack, mean_weight, var_weight};
   STD_TORCH_CHECK(!mean.empty(), "bn_loss needs at least one site, got none");
   const ScalarType dtype = mean[0].scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "moments must be float32 or float64, got ",
@@ -185,18 +181,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_loss(const std::vector<Tensor>& me
   check("site_weights", site_weights, dtype, {sites});
   const std::vector<int64_t> rows = target_rows(classes, groups, target_mean.size(0));
 
-  Tensor loss = torch::stable::new_empty(mean[0], {});
-  Tensor distances = torch::stable::new_empty(mean[0], {groups, sites});
-  Tensor dmean = torch::stable::new_empty(mean[0], {groups * width});
-  Tensor dvar = torch::stable::new_empty(mean[0], {groups * width});
-  const Tensor target_mean_c = torch::stable::contiguous(target_mean), target_var_c = torch::stable::contiguous(target_var);
-  const Tensor weights_c = torch::stable::contiguous(site_weights);
-  const auto run_dtype = dtype == ScalarType::Double ? run<double> : run<float>;
-  run_dtype(mean_c, var_c, target_mean_c, target_var_c, rows, weights_c, options, loss, distances, dmean, dvar);
+  Tensor loss(empty_small({}, dtype)), distances(empty_small({groups, sites}, dtype));
+  Tensor dmean(empty_small({groups * width}, dtype)), dvar(empty_small({groups * width}, dtype));
+  const Tensor target_mean_c = as_contiguous(target_mean), target_var_c = as_contiguous(target_var);
+  if (dtype == ScalarType::Double)
+    run<double>(mean_c, var_c, target_mean_c, target_var_c, rows, as_doubles<double>(site_weights), options, loss,
+                distances.mutable_data_ptr<double>(), dmean, dvar);
+  else
+    run<float>(mean_c, var_c, target_mean_c, target_var_c, rows, as_doubles<float>(site_weights), options, loss,
+               distances.mutable_data_ptr<float>(), dmean, dvar);
   return {loss, distances, dmean, dvar};
 }
 
 }  // namespace
+
+Distance parse_distance(const std::string& distance) {
+  const std::array<const char*, 6> names{"l2", "l2_squared", "mse", "l1", "kl", "hinge"};
+  for (size_t i = 0; i < names.size(); ++i)
+    if (distance == names[i]) return static_cast<Distance>(i);
+  STD_TORCH_CHECK(false, "distance must be one of l2, l2_squared, mse, l1, kl, hinge, got '", distance, "'");
+}
+
+std::tuple<Tensor, Tensor, Tensor> site_loss(const Tensor& mean, const Tensor& var, const Tensor& target_mean,
+                                             const Tensor& target_var, const std::optional<Tensor>& classes,
+                                             double weight, const LossOptions& options) {
+  const ScalarType dtype = mean.scalar_type();
+  const int64_t groups = mean.size(0), channels = mean.size(1);
+  STD_TORCH_CHECK(target_mean.dim() == 2, "target_mean must be [K, ", channels, "], got ", describe(target_mean));
+  check("target_mean", target_mean, dtype, {target_mean.size(0), channels});
+  check("target_var", target_var, dtype, {target_mean.size(0), channels});
+  const std::vector<int64_t> rows = target_rows(classes, groups, target_mean.size(0));
+  Tensor loss(empty_small({}, dtype));
+  Tensor dmean(empty_small({groups, channels}, dtype)), dvar(empty_small({groups, channels}, dtype));
+  const Tensor target_mean_c = as_contiguous(target_mean), target_var_c = as_contiguous(target_var);
+  if (dtype == ScalarType::Double)
+    run<double>({mean}, {var}, target_mean_c, target_var_c, rows, {weight}, options, loss, nullptr, dmean, dvar);
+  else
+    run<float>({mean}, {var}, target_mean_c, target_var_c, rows, {weight}, options, loss, nullptr, dmean, dvar);
+  return {loss, dmean, dvar};
+}
 }  // namespace bnfuse
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bnfuse_cpp, m) {

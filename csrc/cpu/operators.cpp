@@ -19,6 +19,7 @@
 
 #include "describe.h"
 #include "kernels.h"
+#include "loss.h"
 #include "pool.h"
 
 namespace bnfuse {
@@ -31,6 +32,7 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t ELEMENTS_PER_THREAD = 32768;  // fewer do not pay for waking a thread
 constexpr int64_t SMALL_PLANE = 128;            // planes of up to as many elements are walked as columns
 constexpr int64_t FOLDED_WIDTH = 64;            // narrower rows are folded until a long row has as many columns
+constexpr int64_t ROW_TILE = 512;               // columns of an item at most, where each has a channel of its own
 constexpr int64_t ITEM_ELEMENTS = 65536;        // of the walk over columns, about
 constexpr int64_t ITEMS = 32;                   // are enough to keep threads equally busy
 
@@ -174,8 +176,9 @@ struct CutColumns {
     while (walk.run == 1 && walk.fold * channels < FOLDED_WIDTH) walk.fold *= 2;
 
     const int64_t rows = group_starts.back() * rows_a_sample;
-    int64_t width = std::min(COLUMN_TILE, walk.fold * channels * walk.run);
-    const int64_t step = walk.fold * std::clamp<int64_t>(ITEM_ELEMENTS / width, 16, 128);
+    // Where a channel has one column the sums of every item are finished channel by channel: narrow items have more rows.
+    int64_t width = std::min(walk.run == 1 ? ROW_TILE : COLUMN_TILE, walk.fold * channels * walk.run);
+    const int64_t step = walk.fold * std::clamp<int64_t>(ITEM_ELEMENTS / width, 16, 256);
     for (size_t group = 0; group + 1 < group_starts.size(); ++group) {
       const int64_t end = group_starts[group + 1] * rows_a_sample;
       for (int64_t row = group_starts[group] * rows_a_sample; row < end; row += step)
@@ -256,8 +259,8 @@ std::tuple<Tensor, Tensor> run_forward(Forward f, const Input& input, const Tens
   const int64_t partials = static_cast<int64_t>(groups.size());
   const int64_t group_count = static_cast<int64_t>(group_starts.size()) - 1;
   const std::unique_ptr<double[]> workspace(new double[2 * partials * input.channels]);
-  Tensor mean = torch::stable::new_empty(x, {group_count, input.channels}, moment_dtype(x));
-  Tensor var = torch::stable::new_empty(x, {group_count, input.channels}, moment_dtype(x));
+  Tensor mean(empty_small({group_count, input.channels}, moment_dtype(x)));
+  Tensor var(empty_small({group_count, input.channels}, moment_dtype(x)));
 
   f.dtype = input.dtype;
   f.channels = input.channels;
@@ -302,10 +305,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_forward(const Tensor& x, const Opt
   const bool needs_mask = residual && is_two_slope(f.act);
   const auto [rows, bytes] = mask_shape(input);
   Tensor mask = needs_mask ? torch::stable::new_empty(x, {rows, bytes}, ScalarType::Byte)
-                           : torch::stable::new_empty(x, {0}, ScalarType::Byte);
+                           : Tensor(empty_small({0}, ScalarType::Byte));
   f.mask = needs_mask ? mask.mutable_data_ptr<uint8_t>() : nullptr;
   const auto [mean, var] = run_forward(f, input, x, starts);
   return {y, mean, var, mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_forward_with_targets(
+    const Tensor& x, const OptionalTensor& residual, const Tensor& scale, const Tensor& shift, const Tensor& group_starts,
+    const Tensor& target_mean, const Tensor& target_var, const OptionalTensor& classes, double weight,
+    const std::string& act, double slope, const std::string& distance, bool use_std, double eps, double slack,
+    double mean_weight, double var_weight) {
+  const LossOptions options{parse_distance(distance), use_std, eps, slack, mean_weight, var_weight};
+  const auto [y, mean, var, mask] = bn_forward(x, residual, scale, shift, group_starts, act, slope);
+  const auto [loss, dmean, dvar] = site_loss(mean, var, target_mean, target_var, classes, weight, options);
+  return {y, mean, var, mask, loss, dmean, dvar};
 }
 
 std::tuple<Tensor, Tensor> group_moments(const Tensor& x, const Tensor& group_starts) {
@@ -372,7 +386,7 @@ Tensor run_bn_backward(const OptionalTensor& dy, const Tensor& x, const Optional
     f.mask = mask.const_data_ptr<uint8_t>();
   }
   f.dx = dx.mutable_data_ptr();
-  Tensor dresidual = want_dresidual ? empty_output(x) : torch::stable::new_empty(x, {0});
+  Tensor dresidual = want_dresidual ? empty_output(x) : Tensor(empty_small({0}, x.scalar_type()));
   f.dresidual = want_dresidual ? dresidual.mutable_data_ptr() : nullptr;
   run_backward(f, input, x, mean, dmean, dvar, starts);
   return dresidual;
@@ -422,6 +436,11 @@ STABLE_TORCH_LIBRARY(bnfuse_cpp, m) {
   m.def(
       "bn_backward_(Tensor(a!) dy, Tensor x, Tensor? residual, Tensor mask, Tensor scale, Tensor shift, Tensor mean, "
       "Tensor? dmean, Tensor? dvar, Tensor group_starts, str act, float slope, bool want_dresidual) -> Tensor");
+  m.def(
+      "bn_forward_with_targets(Tensor x, Tensor? residual, Tensor scale, Tensor shift, Tensor group_starts, "
+      "Tensor target_mean, Tensor target_var, Tensor? classes, float weight, str act, float slope, str distance, "
+      "bool use_std, float eps, float slack, float mean_weight, float var_weight) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("group_moments(Tensor x, Tensor group_starts) -> (Tensor, Tensor)");
   m.def("group_moments_backward(Tensor x, Tensor mean, Tensor? dmean, Tensor? dvar, Tensor group_starts) -> Tensor");
 }
@@ -430,6 +449,7 @@ STABLE_TORCH_LIBRARY_IMPL(bnfuse_cpp, CPU, m) {
   m.impl("bn_forward", TORCH_BOX(&bnfuse::bn_forward));
   m.impl("bn_backward", TORCH_BOX(&bnfuse::bn_backward));
   m.impl("bn_backward_", TORCH_BOX(&bnfuse::bn_backward_));
+  m.impl("bn_forward_with_targets", TORCH_BOX(&bnfuse::bn_forward_with_targets));
   m.impl("group_moments", TORCH_BOX(&bnfuse::group_moments));
   m.impl("group_moments_backward", TORCH_BOX(&bnfuse::group_moments_backward));
 }

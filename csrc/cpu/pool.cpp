@@ -22,6 +22,7 @@ namespace {
 
 constexpr int64_t SMALLEST_BLOCK = int64_t(1) << 20;  // smaller tensors: the C library keeps their memory anyway
 constexpr int64_t HUGE_PAGE = int64_t(1) << 21;
+constexpr int POISON = 0xff;                          // in all bytes: NaN in every dtype
 constexpr int64_t MOST_WASTE = 8;                     // a tensor takes a block of up to as many times its size
 
 struct Block {
@@ -111,7 +112,7 @@ class PoolAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
     Block* const block = new Block(pool().take(static_cast<int64_t>(bytes)));
-    if (pool().poison) std::memset(block->data, 0xff, block->bytes);  // NaN in every dtype
+    if (pool().poison) std::memset(block->data, POISON, block->bytes);
     return {block->data, block, &give_back, c10::Device(c10::DeviceType::CPU)};
   }
 
@@ -125,17 +126,25 @@ class PoolAllocator final : public c10::Allocator {
   }
 };
 
+AtenTensorHandle handed_over(at::Tensor tensor) {
+  if (pool().poison && tensor.nbytes()) std::memset(tensor.mutable_data_ptr(), POISON, tensor.nbytes());
+  return torch::aot_inductor::new_tensor_handle(std::move(tensor));
+}
+
 }  // namespace
 
 AtenTensorHandle pooled_empty_like(AtenTensorHandle x_handle) {
   static PoolAllocator* const allocator = new PoolAllocator;
   const at::Tensor& x = *torch::aot_inductor::tensor_handle_to_tensor_pointer(x_handle);
-  at::Tensor like =
+  return handed_over(
       static_cast<int64_t>(x.nbytes()) < SMALLEST_BLOCK
           ? at::detail::empty_strided_cpu(x.sizes(), x.strides(), x.options())
           : at::Tensor(at::detail::empty_strided_generic(x.sizes(), x.strides(), allocator,
-                                                         c10::DispatchKeySet(c10::DispatchKey::CPU), x.scalar_type()));
-  return torch::aot_inductor::new_tensor_handle(std::move(like));
+                                                         c10::DispatchKeySet(c10::DispatchKey::CPU), x.scalar_type())));
+}
+
+AtenTensorHandle empty_small(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType dtype) {
+  return handed_over(at::detail::empty_cpu(sizes, at::TensorOptions().dtype(dtype)));
 }
 
 PoolUse pool_use() { return pool().use(); }

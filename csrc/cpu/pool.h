@@ -6,14 +6,20 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <vector>
 
 namespace bnfuse {
 
 // An uninitialised tensor of x's dtype, shape and strides; x is dense and on the CPU. Small ones come from torch. The new
 // handle is the caller's.
 AtenTensorHandle pooled_empty_like(AtenTensorHandle x);
+
+// An uninitialised contiguous tensor on the CPU, for what is small: made without the dispatcher, which would take longer than
+// to fill it. The new handle is the caller's.
+AtenTensorHandle empty_small(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType dtype);
 
 struct PoolUse {
   int64_t in_use, kept;  // bytes
@@ -23,7 +29,7 @@ PoolUse pool_use();
 // Gives everything that is kept back to the system.
 void empty_pool();
 
-// Whether pooled tensors are filled with NaN, so that tests see an element that was not written.
+// Whether all these tensors are filled with NaN first, so that tests see an element that was not written.
 void poison_pool(bool poison);
 
 }  // namespace bnfuse
