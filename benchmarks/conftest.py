@@ -51,7 +51,7 @@ class Settings:
     @property
     def limits(self) -> Limits:
         """Of one operator in one direction; a step takes longer, see test_steps.py."""
-        return Limits(5, 15, 2.0) if self.quick else Limits(5, 15, 3.0)
+        return Limits(5, 15, 2.0)
 
     def describe(self) -> dict:
         return {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch."), "layout": self.layout}

@@ -163,12 +163,17 @@ FourTensors bn_forward(const Tensor& x, const OptionalTensor& residual, const Te
   return {out[0], out[1], out[2], out[3]};
 }
 
+// Whether a scalar is seen to be 1 without waiting for a device or asking the dispatcher.
+bool is_plainly_one(const Tensor& scalar) {
+  if (!scalar.is_cpu() || at::isTensorSubclassLike(scalar) || scalar.is_neg() || scalar._is_zerotensor()) return false;
+  if (scalar.scalar_type() == at::kFloat) return *scalar.const_data_ptr<float>() == 1;
+  return scalar.scalar_type() == at::kDouble && *scalar.const_data_ptr<double>() == 1;
+}
+
 // factor·coefficients (+ gradient), where factor is a scalar tensor; any of the two terms may be absent.
 Tensor scaled_sum(const Tensor& factor, const Tensor& coefficients, const Tensor& gradient) {
   if (!factor.defined()) return gradient;
-  // A loss that is summed as it is has the factor 1; on the CPU it costs nothing to see that.
-  const bool is_one = factor.is_cpu() && !at::isTensorSubclassLike(factor) && factor.item<double>() == 1;
-  const Tensor scaled = is_one ? coefficients : coefficients * factor;
+  const Tensor scaled = is_plainly_one(factor) ? coefficients : coefficients * factor;  // 1: the loss is summed as it is
   return gradient.defined() ? scaled + gradient : scaled;
 }
 
