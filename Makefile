@@ -4,9 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
-SOURCES := $(wildcard csrc/*.* csrc/cpu/*.*) setup.py
+SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*) setup.py
 
-.PHONY: demo test bench bench-quick bench-demo install clean
+.PHONY: demo test bench bench-quick bench-demo gpu install clean
 
 demo: install  ## the whole flow on real handwritten digits, into runs/demo
 	$(BIN)/bnfuse demo
@@ -23,6 +23,19 @@ bench: install  ## every site, step and network against its rivals, into benchma
 bench-quick: install  ## a part of that, into benchmarks/results/quick.json
 	$(BIN)/python -m pytest benchmarks --quick $(BENCH)
 
+# On a machine with an NVIDIA GPU, nvcc and a torch that has CUDA: builds in place for that torch, with nothing to download.
+# GPU_PYTHON=… names the interpreter, OUT=… the folder of the figures and of the log.
+GPU_PYTHON ?= python3
+OUT ?= benchmarks/results
+GPU_BENCH := $(GPU_PYTHON) -m pytest benchmarks -q --device cuda --batch 256 --layout channels_last
+
+gpu:  ## builds the CUDA kernels in place, runs the GPU tests, then the benchmarks of the ImageNet networks
+	BNFUSE_CUDA=1 $(GPU_PYTHON) setup.py -q build_ext --inplace
+	$(GPU_PYTHON) -m bnfuse doctor
+	$(GPU_PYTHON) -m pytest -q -x tests/test_gpu.py tests/test_triton.py
+	BNFUSE_RESULTS=$(OUT) $(GPU_BENCH) --dtype bfloat16 --networks resnet50 resnet18 mobilenet_v2
+	BNFUSE_RESULTS=$(OUT) $(GPU_BENCH) --dtype float32 --networks resnet50 resnet18
+
 bench-demo: install  ## the rate of the demo's synthesis with the compiled kernels over the eager reference
 	$(BIN)/python benchmarks/synthesis_rate.py
 
@@ -35,7 +48,7 @@ $(VENV)/.dependencies: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(PIP) install -c constraints.txt setuptools wheel numpy pillow safetensors tqdm scikit-learn \
-		torchvision timm pytest hypothesis expecttest pytest-timeout pytest-benchmark matplotlib
+		torchvision timm triton pytest hypothesis expecttest pytest-timeout pytest-benchmark matplotlib
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)

@@ -1,14 +1,26 @@
-"""What every test runs under: one thread, the same hypothesis examples each time, and poisoned memory."""
+"""What every test runs under: one thread, the same hypothesis examples each time, poisoned memory, and Triton's interpreter."""
+
+import os
+
+# Whether Triton's kernels are interpreted is decided when triton is first imported, which torch may do: so, before torch. With
+# a GPU the same tests run the compiled kernels.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import importlib.util
 
 import hypothesis
 import pytest
 import torch
+import triton_interpreter
 
 from bnfuse import backends
 
 hypothesis.settings.register_profile("bnfuse", deadline=None, derandomize=True, max_examples=60, database=None)
 hypothesis.settings.load_profile("bnfuse")
 torch.set_num_threads(1)
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    triton_interpreter.mend()
 
 
 @pytest.fixture(scope="session")
