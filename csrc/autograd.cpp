@@ -291,6 +291,15 @@ FourTensors bn_loss(at::TensorList mean, at::TensorList var, const Tensor& targe
 // alone, which a frozen network never asks for. torch keeps them all the same. Here they are not kept, and what is left for
 // backward of a BatchNorm, its activation and the convolution after it is one tensor instead of two.
 
+// The weight, laid out so that torch takes `format` for the whole convolution: it asks input and weight, and either's
+// channels_last decides. A 1×1 kernel is in both formats at once, and is then taken to be in neither unless strides say so.
+Tensor in_format(const Tensor& weight, at::MemoryFormat format) {
+  if (format == at::MemoryFormat::Contiguous || weight.suggest_memory_format() == format) return weight;
+  return weight.contiguous(format).as_strided(weight.sizes(), format == at::MemoryFormat::ChannelsLast
+                                                                  ? c10::get_channels_last_strides_2d(weight.sizes())
+                                                                  : c10::get_channels_last_strides_3d(weight.sizes()));
+}
+
 struct FrozenConvolution : torch::autograd::Function<FrozenConvolution> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
@@ -300,7 +309,7 @@ struct FrozenConvolution : torch::autograd::Function<FrozenConvolution> {
     ctx->save_for_backward({weight});
     ctx->saved_data["sizes"] = x.sizes().vec();
     ctx->saved_data["strides"] = x.strides().vec();
-    ctx->saved_data["dtype"] = x.scalar_type();
+    ctx->saved_data["format"] = static_cast<int64_t>(x.suggest_memory_format());
     ctx->saved_data["stride"] = stride;
     ctx->saved_data["padding"] = padding;
     ctx->saved_data["dilation"] = dilation;
@@ -311,11 +320,15 @@ struct FrozenConvolution : torch::autograd::Function<FrozenConvolution> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
     auto& data = ctx->saved_data;
-    const Tensor weight = ctx->get_saved_variables()[0];
-    const std::vector<int64_t> stride = data["stride"].toIntVector();
-    // Of the input's shape and layout; nothing is read from it, and memory that nobody touches costs nothing.
-    const Tensor x = at::empty_strided(data["sizes"].toIntVector(), data["strides"].toIntVector(),
-                                       weight.options().dtype(data["dtype"].toScalarType()));
+    const std::vector<int64_t> stride = data["stride"].toIntVector(), sizes = data["sizes"].toIntVector();
+    // The input's place is taken by a tensor of its shape, from which nothing is read.
+    Tensor weight = ctx->get_saved_variables()[0], x;
+    if (weight.is_cpu()) {  // memory that nobody touches costs nothing, and some convolutions copy what is not dense
+      x = at::empty_strided(sizes, data["strides"].toIntVector(), weight.options());
+    } else {  // one element, expanded; what its strides cannot say of the layout, the weight's do
+      x = at::empty({}, weight.options()).expand(sizes);
+      weight = in_format(weight, static_cast<at::MemoryFormat>(data["format"].toInt()));
+    }
     const auto [dx, _weight, _bias] = at::convolution_backward(
         gradients[0], x, weight, std::nullopt, stride, data["padding"].toIntVector(), data["dilation"].toIntVector(), false,
         std::vector<int64_t>(stride.size()), data["groups"].toInt(), {true, false, false});
@@ -389,7 +402,8 @@ TORCH_LIBRARY_IMPL(bnfuse_cpp, Autograd, m) { m.impl("frozen_convolution", &bnfu
 
 TORCH_LIBRARY_IMPL(bnfuse_cpp, CompositeExplicitAutograd, m) { m.impl("frozen_convolution", &bnfuse::convolution); }
 
-TORCH_LIBRARY_IMPL(bnfuse_cpp, AutogradCPU, m) {
+// The gradients are the same on every device.
+static void implement_autograd(torch::Library& m) {
   m.impl("bn_forward", &bnfuse::bn_forward);
   m.impl("bn_forward_with_targets", &bnfuse::bn_forward_with_targets);
   m.impl("bn_backward", &bnfuse::bn_backward);
@@ -397,3 +411,6 @@ TORCH_LIBRARY_IMPL(bnfuse_cpp, AutogradCPU, m) {
   m.impl("group_moments_backward", &bnfuse::group_moments_backward);
   m.impl("bn_loss", &bnfuse::bn_loss);
 }
+
+TORCH_LIBRARY_IMPL(bnfuse_cpp, AutogradCPU, m) { implement_autograd(m); }
+TORCH_LIBRARY_IMPL(bnfuse_cpp, AutogradCUDA, m) { implement_autograd(m); }

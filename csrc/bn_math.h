@@ -66,6 +66,9 @@ BNFUSE_INLINE double exponential(double x) { return ::exp(x); }
 // e^x to about 1 ulp without a branch or a call, so that loops over it vectorise. Below −87.3 it stays at e^−87.3,
 // which no caller can tell from 0; overflow gives inf, NaN stays.
 BNFUSE_INLINE float exponential(float x) {
+#ifdef __CUDA_ARCH__
+  return ::expf(x);  // a few instructions around the hardware's 2ˣ
+#else
   float clamped = x < -87.3f ? -87.3f : x;
   clamped = clamped > 88.3f ? 88.3f : clamped;
   const float magic = 12582912.0f;  // 1.5·2²³: adding it rounds to an integer, kept in the low bits
@@ -81,6 +84,7 @@ BNFUSE_INLINE float exponential(float x) {
   const float power = bit_cast<float>((bit_cast<uint32_t>(shifted) + 127u) << 23);  // 2ⁿ
   const float e = (p * r * r + r + 1.0f) * power;
   return x > 88.72283f ? INFINITY : e;
+#endif
 }
 
 template <Act ACT, typename A>

@@ -7,6 +7,9 @@
 
 #include "cpu/kernels.h"
 #include "cpu/pool.h"
+#ifdef BNFUSE_CUDA
+#include "cuda/architectures.h"
+#endif
 
 namespace {
 
@@ -26,6 +29,14 @@ std::vector<std::string> instruction_sets() {
       bnfuse::kernels_baseline.instruction_set};
 }
 
+std::vector<std::string> cuda_architectures() {
+#ifdef BNFUSE_CUDA
+  return bnfuse::cuda_architectures();
+#else
+  return {};
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -35,6 +46,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("instruction_set", [] { return std::string(bnfuse::kernels().instruction_set); },
              "The instruction set that runs on this processor.");
   module.def("instruction_sets", &instruction_sets, "The instruction sets that were built, fastest first.");
+  module.def("cuda_architectures", &cuda_architectures,
+             "The CUDA architectures that were built, such as sm_90; none where the kernels are for the CPU alone.");
   module.def("empty_pool", &bnfuse::empty_pool, "Gives the memory kept for activations back to the system.");
   module.def("poison_pool", &bnfuse::poison_pool, "Whether memory for activations is filled with NaN first, for tests.");
   module.def(

@@ -304,6 +304,43 @@ def test_a_frozen_convolution_gives_torch_s_values_and_gradient(options, layout)
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("of_weight", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("of_input", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_frozen_convolution_lays_its_gradient_out_as_torch_does(kernel, of_input, of_weight, dtype):
+    """Where nothing of the input is kept, its layout must be known all the same: a gradient laid out otherwise is copied."""
+    conv = nn.Conv2d(8, 12, kernel).requires_grad_(False).to(dtype=dtype, memory_format=of_weight)
+    x = torch.randn(3, 8, 9, 11, dtype=dtype).to(memory_format=of_input).requires_grad_()
+    actual, expected = (torch.autograd.grad(module(x).square().sum(), x)[0] for module in (FrozenConvolution(conv), conv))
+    assert torch.equal(actual, expected) and actual.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_frozen_convolution_has_a_gradient_off_the_cpu(kernel, layout):
+    """Where what is allocated is taken, read or not, its backward allocates no second input; meta stands for such a device."""
+    conv = nn.Conv2d(8, 12, kernel, device="meta").requires_grad_(False)
+    x = torch.empty(3, 8, 9, 11, device="meta").to(memory_format=layout).requires_grad_()
+    (gradient,) = torch.autograd.grad(FrozenConvolution(conv)(x).sum(), x)
+    assert gradient.is_meta and gradient.shape == x.shape
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_convolutions_take_an_expanded_input_and_the_weight_s_layout(kernel, layout):
+    """What the gradient of a frozen convolution rests on, off the CPU: neither values nor strides come from the input."""
+    x = torch.randn(3, 8, 9, 11).to(memory_format=layout)
+    weight = torch.randn(12, 8, kernel, kernel)
+    if layout == torch.channels_last:
+        weight = weight.contiguous(memory_format=layout).as_strided(weight.shape, (8 * kernel**2, 1, 8 * kernel, 8))
+    dy = torch.randn_like(nn.functional.conv2d(x, weight))
+    options = None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False]
+    stand_in = torch.empty(()).expand(x.shape)
+    actual, expected = (torch.ops.aten.convolution_backward(dy, t, weight, *options)[0] for t in (stand_in, x))
+    assert torch.equal(actual, expected) and actual.stride() == expected.stride() == x.stride()
+
+
 def kept_bytes(function) -> int:
     """Bytes of the storages that autograd keeps for backward."""
     kept = {}

@@ -10,10 +10,9 @@
 #include <cstdint>
 
 #include "../bn_math.h"
+#include "../elements.h"
 
 namespace bnfuse {
-
-enum class DType : int32_t { float32, float64, bfloat16, float16 };
 
 // Rows [begin, end), all of one group: the unit of partial moments of the walk over columns.
 struct RowChunk {

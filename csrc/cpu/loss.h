@@ -1,31 +1,17 @@
-// The loss between moments and their targets, as bn_loss and a site with targets of its own need it. The contract is that of
-// bn_loss in bnfuse/reference.py.
+// The loss on the CPU, for the operators that contain it.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <cstdint>
-#include <optional>
-#include <string>
 #include <tuple>
+#include <vector>
+
+#include "../loss_input.h"
 
 namespace bnfuse {
 
-enum class Distance { l2, l2_squared, mse, l1, kl, hinge };  // in the order of reference.DISTANCES
-
-Distance parse_distance(const std::string& distance);
-
-struct LossOptions {
-  Distance distance;
-  bool use_std;
-  double eps, slack, mean_weight, var_weight;
-};
-
-// One site: mean, var [G, C], targets [K, C], classes int64 [G] or none where K = 1 → loss = weight · mean over groups of the
-// distance, a scalar, and its derivatives by mean and var [G, C], all in the moments' dtype.
-std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> site_loss(
-    const torch::stable::Tensor& mean, const torch::stable::Tensor& var, const torch::stable::Tensor& target_mean,
-    const torch::stable::Tensor& target_var, const std::optional<torch::stable::Tensor>& classes, double weight,
-    const LossOptions& options);
+// loss [], distances [G, S], and its gradients by mean and var, every site's [G, C] one after the other, in tensors of the
+// shape given, of G·T elements. `site_weights` [S] stand in for those of the input.
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss_on_cpu(const LossInput& input, const std::vector<double>& site_weights,
+                                                       const LossOptions& options,
+                                                       const std::vector<int64_t>& gradient_shape);
 
 }  // namespace bnfuse

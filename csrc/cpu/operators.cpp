@@ -10,24 +10,19 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <array>
 #include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "describe.h"
+#include "../input.h"
 #include "kernels.h"
 #include "loss.h"
 #include "pool.h"
 
 namespace bnfuse {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t ELEMENTS_PER_THREAD = 32768;  // fewer do not pay for waking a thread
 constexpr int64_t SMALL_PLANE = 128;            // planes of up to as many elements are walked as columns
@@ -36,115 +31,17 @@ constexpr int64_t ROW_TILE = 512;               // columns of an item at most, w
 constexpr int64_t ITEM_ELEMENTS = 65536;        // of the walk over columns, about
 constexpr int64_t ITEMS = 32;                   // are enough to keep threads equally busy
 
-// ---- x [N, C, *spatial] and the groups, checked ----
-
-bool rows_are_contiguous(const Tensor& x) {  // channels_last, in any number of spatial dimensions
-  int64_t expected = 1;
-  const auto matches = [&](int64_t dim) {
-    const bool fits = x.size(dim) == 1 || x.stride(dim) == expected;
-    expected *= x.size(dim);
-    return fits;
-  };
-  if (!matches(1)) return false;
-  for (int64_t dim = x.dim() - 1; dim >= 2; --dim)
-    if (!matches(dim)) return false;
-  return matches(0);
-}
-
-struct Input {
-  DType dtype;
-  int64_t samples, channels, plane_size;  // N, C, L
-  bool planes;                            // the walk: planes, or rows
-};
-
-Input check_x(const Tensor& x) {
-  Input input;
-  switch (x.scalar_type()) {
-    case ScalarType::Float: input.dtype = DType::float32; break;
-    case ScalarType::Double: input.dtype = DType::float64; break;
-    case ScalarType::BFloat16: input.dtype = DType::bfloat16; break;
-    case ScalarType::Half: input.dtype = DType::float16; break;
-    default:
-      STD_TORCH_CHECK(false, "x must be float32, float64, bfloat16 or float16, got ", describe(x));
-  }
-  STD_TORCH_CHECK(x.dim() >= 2 && x.dim() <= 5, "x must be [N, C, *spatial] with 0 to 3 spatial dimensions, got ",
-                  describe(x));
-  input.samples = x.size(0);
-  input.channels = x.size(1);
-  input.plane_size = x.numel() / std::max<int64_t>(1, x.size(0) * x.size(1));
-  const bool contiguous = x.is_contiguous();
-  STD_TORCH_CHECK(x.numel() == 0 || contiguous || rows_are_contiguous(x), "x must be contiguous or channels_last, got ",
-                  describe(x));
-  input.planes = contiguous && x.numel() > x.size(0) * x.size(1);
-  return input;
-}
-
-// Strides of dimensions of size 1 address nothing and may differ.
-bool same_layout(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t dim = 0; dim < a.dim(); ++dim) {
-    if (a.size(dim) != b.size(dim)) return false;
-    if (a.size(dim) > 1 && a.stride(dim) != b.stride(dim) && a.numel() > 0) return false;
-  }
-  return true;
-}
-
-const void* check_like_x(const char* name, const OptionalTensor& tensor, const Tensor& x) {
-  if (!tensor) return nullptr;
-  STD_TORCH_CHECK(tensor->is_cpu() && tensor->scalar_type() == x.scalar_type() && same_layout(*tensor, x), name,
-                  " must have x's dtype, shape and strides, ", describe(x), ", got ", describe(*tensor));
-  return tensor->const_data_ptr();
-}
-
-ScalarType moment_dtype(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// A small tensor of statistics, made contiguous; `shape` is [C] or [G, C].
-Tensor check_statistics(const char* name, const Tensor& tensor, const Tensor& x, const std::vector<int64_t>& shape) {
-  const auto sizes = tensor.sizes();
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == moment_dtype(x) && sizes.size() == shape.size() &&
-                      std::equal(shape.begin(), shape.end(), sizes.begin()),
-                  name, " must be ", dtype_name(moment_dtype(x)), " ", list(shape), ", got ", describe(tensor));
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-OptionalTensor check_statistics(const char* name, const OptionalTensor& tensor, const Tensor& x,
-                                const std::vector<int64_t>& shape) {
-  if (!tensor) return std::nullopt;
-  return check_statistics(name, *tensor, x, shape);
-}
-
-const void* data(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+// ---- the groups, checked ----
 
 // [G + 1], from 0 to N without decreasing.
 std::vector<int64_t> check_group_starts(const Tensor& group_starts, const Tensor& x) {
-  STD_TORCH_CHECK(group_starts.is_cpu() && group_starts.scalar_type() == ScalarType::Long && group_starts.dim() == 1 &&
-                      group_starts.numel() >= 2,
-                  "group_starts must be int64 [G + 1] with at least one group, got ", describe(group_starts));
-  const Tensor contiguous = group_starts.is_contiguous() ? group_starts : torch::stable::contiguous(group_starts);
+  const Tensor contiguous = check_group_starts_shape(group_starts, x);
   const int64_t* first = contiguous.const_data_ptr<int64_t>();
   std::vector<int64_t> starts(first, first + contiguous.numel());
   STD_TORCH_CHECK(starts.front() == 0 && starts.back() == x.size(0) && std::is_sorted(starts.begin(), starts.end()),
                   "group_starts must run from 0 to the batch size ", x.size(0), " without decreasing, got ",
                   list(starts));
   return starts;
-}
-
-Act parse_act(const std::string& act) {
-  const std::array<const char*, 6> names{"identity", "relu", "relu6", "leaky_relu", "silu", "hardswish"};
-  for (size_t i = 0; i < names.size(); ++i)
-    if (act == names[i]) return static_cast<Act>(i);
-  STD_TORCH_CHECK(false, "act must be one of identity, relu, relu6, leaky_relu, silu, hardswish, got '", act, "'");
-}
-
-bool is_two_slope(Act act) { return act == Act::relu || act == Act::relu6 || act == Act::leaky_relu; }
-
-// As reference.mask_shape.
-std::array<int64_t, 2> mask_shape(const Input& input) {
-  const int64_t positions = input.samples * input.plane_size;
-  if (input.planes) return {input.samples * input.channels, (input.plane_size + 7) / 8};
-  return {input.channels ? positions : 0, (input.channels + 7) / 8};
 }
 
 // ---- cutting the work ----
@@ -303,22 +200,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_forward(const Tensor& x, const Opt
   Tensor y = empty_output(x);
   f.y = y.mutable_data_ptr();
   const bool needs_mask = residual && is_two_slope(f.act);
-  const auto [rows, bytes] = mask_shape(input);
-  Tensor mask = needs_mask ? torch::stable::new_empty(x, {rows, bytes}, ScalarType::Byte)
-                           : Tensor(empty_small({0}, ScalarType::Byte));
+  Tensor mask = needs_mask ? empty_mask(x, input, true) : Tensor(empty_small({0}, ScalarType::Byte));
   f.mask = needs_mask ? mask.mutable_data_ptr<uint8_t>() : nullptr;
   const auto [mean, var] = run_forward(f, input, x, starts);
   return {y, mean, var, mask};
 }
 
+// bn_forward, and the loss of this one site: weight · the mean over groups of the distance, with its gradients by mean and
+// var.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_forward_with_targets(
     const Tensor& x, const OptionalTensor& residual, const Tensor& scale, const Tensor& shift, const Tensor& group_starts,
     const Tensor& target_mean, const Tensor& target_var, const OptionalTensor& classes, double weight,
     const std::string& act, double slope, const std::string& distance, bool use_std, double eps, double slack,
     double mean_weight, double var_weight) {
   const LossOptions options{parse_distance(distance), use_std, eps, slack, mean_weight, var_weight};
+  const int64_t channels = check_x(x).channels, groups = check_group_starts_shape(group_starts, x).numel() - 1;
+  const Targets targets = check_targets(target_mean, target_var, classes, x, moment_dtype(x), groups, channels);
   const auto [y, mean, var, mask] = bn_forward(x, residual, scale, shift, group_starts, act, slope);
-  const auto [loss, dmean, dvar] = site_loss(mean, var, target_mean, target_var, classes, weight, options);
+  const LossInput input{{mean}, {var}, targets, Tensor(), moment_dtype(x), groups, 1, channels};
+  const auto [loss, distances, dmean, dvar] = loss_on_cpu(input, {weight}, options, {groups, channels});
   return {y, mean, var, mask, loss, dmean, dvar};
 }
 
@@ -378,13 +278,7 @@ Tensor run_bn_backward(const OptionalTensor& dy, const Tensor& x, const Optional
   f.residual = check_like_x("residual", residual, x);
   f.scale = scale_c.const_data_ptr();
   f.shift = shift_c.const_data_ptr();
-  if (mask.numel()) {
-    const auto [rows, bytes] = mask_shape(input);
-    STD_TORCH_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Byte && mask.dim() == 2 &&
-                        mask.size(0) == rows && mask.size(1) == bytes && mask.is_contiguous(),
-                    "mask must be contiguous uint8 [", rows, ", ", bytes, "] or empty, got ", describe(mask));
-    f.mask = mask.const_data_ptr<uint8_t>();
-  }
+  f.mask = check_mask(mask, x, input);
   f.dx = dx.mutable_data_ptr();
   Tensor dresidual = want_dresidual ? empty_output(x) : Tensor(empty_small({0}, x.scalar_type()));
   f.dresidual = want_dresidual ? dresidual.mutable_data_ptr() : nullptr;
@@ -440,7 +334,7 @@ STABLE_TORCH_LIBRARY(bnfuse_cpp, m) {
       "bn_forward_with_targets(Tensor x, Tensor? residual, Tensor scale, Tensor shift, Tensor group_starts, "
       "Tensor target_mean, Tensor target_var, Tensor? classes, float weight, str act, float slope, str distance, "
       "bool use_std, float eps, float slack, float mean_weight, float var_weight) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");  // y, mean, var, mask, loss, dmean, dvar
   m.def("group_moments(Tensor x, Tensor group_starts) -> (Tensor, Tensor)");
   m.def("group_moments_backward(Tensor x, Tensor mean, Tensor? dmean, Tensor? dvar, Tensor group_starts) -> Tensor");
 }

@@ -29,9 +29,14 @@ std::string list(const Values& values) {
   return text + "]";
 }
 
+// Nothing for the CPU, where tensors mostly are.
+inline std::string on_device(const torch::stable::Tensor& tensor) {
+  return tensor.is_cpu() ? "" : (tensor.is_cuda() ? " on cuda:" : " on device ") + std::to_string(tensor.get_device_index());
+}
+
 inline std::string describe(const torch::stable::Tensor& tensor) {
   return std::string(dtype_name(tensor.scalar_type())) + " " + list(tensor.sizes()) + " with strides " +
-         list(tensor.strides());
+         list(tensor.strides()) + on_device(tensor);
 }
 
 }  // namespace bnfuse

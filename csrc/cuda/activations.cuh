@@ -1,0 +1,61 @@
+// Activations and their derivatives on vectors. Which one is a run-time argument, looked at once a vector: templates would
+// multiply the kernels by six for a branch that all threads take alike.
+#pragma once
+
+#include "vectors.cuh"
+
+namespace bnfuse {
+namespace {
+
+template <Act ACT, typename A>
+BNFUSE_DEVICE void activate_as(A (&z)[VECTOR], A slope) {
+#pragma unroll
+  for (int i = 0; i < VECTOR; ++i) z[i] = activation<ACT>(z[i], slope);
+}
+
+// z ← act(z)
+template <typename A>
+BNFUSE_DEVICE void activate(A (&z)[VECTOR], Act act, A slope) {
+  switch (act) {
+    case Act::identity: break;
+    case Act::relu: activate_as<Act::relu>(z, slope); break;
+    case Act::relu6: activate_as<Act::relu6>(z, slope); break;
+    case Act::leaky_relu: activate_as<Act::leaky_relu>(z, slope); break;
+    case Act::silu: activate_as<Act::silu>(z, slope); break;
+    case Act::hardswish: activate_as<Act::hardswish>(z, slope); break;
+  }
+}
+
+template <Act ACT, typename A>
+BNFUSE_DEVICE void differentiate_as(A (&z)[VECTOR], A slope) {
+#pragma unroll
+  for (int i = 0; i < VECTOR; ++i) z[i] = derivative<ACT>(z[i], slope);
+}
+
+// z ← act'(z)
+template <typename A>
+BNFUSE_DEVICE void differentiate(A (&z)[VECTOR], Act act, A slope) {
+  switch (act) {
+    case Act::identity: differentiate_as<Act::identity>(z, slope); break;
+    case Act::relu: differentiate_as<Act::relu>(z, slope); break;
+    case Act::relu6: differentiate_as<Act::relu6>(z, slope); break;
+    case Act::leaky_relu: differentiate_as<Act::leaky_relu>(z, slope); break;
+    case Act::silu: differentiate_as<Act::silu>(z, slope); break;
+    case Act::hardswish: differentiate_as<Act::hardswish>(z, slope); break;
+  }
+}
+
+// Bit i: whether z[i] stands where the two-slope activation's derivative is 1.
+template <typename A>
+BNFUSE_DEVICE uint32_t upper_slope_bits(const A (&z)[VECTOR], Act act) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < VECTOR; ++i) {
+    const bool upper = act == Act::relu6 ? on_upper_slope<Act::relu6>(z[i]) : on_upper_slope<Act::relu>(z[i]);
+    bits |= uint32_t(upper) << i;
+  }
+  return bits;
+}
+
+}  // namespace
+}  // namespace bnfuse

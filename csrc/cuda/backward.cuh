@@ -1,0 +1,123 @@
+// The backward kernel: dx = scale·act'·dy + ∂L/∂mean / M + 2·∂L/∂var·(x − mean) / M, and d residual = act'·dy, in one pass.
+#pragma once
+
+#include "activations.cuh"
+#include "backward.h"
+#include "walk.cuh"
+
+namespace bnfuse {
+namespace {
+
+// The mask's bits of a vector in packed planes: bytes of the row are loaded where the vector starts and where they start.
+BNFUSE_DEVICE uint32_t load_packed_mask(const Walk& walk, const Columns& columns, const uint8_t* mask_row) {
+  uint32_t bits = 0, loaded = 0;
+  for_each_mask_bit(walk, columns, [&](int i, int64_t byte, int position) {
+    if (i == 0 || position % 8 == 0) loaded = mask_row[byte];
+    bits |= (loaded >> (position % 8) & 1u) << i;
+  });
+  return bits;
+}
+
+// RESIDUAL: act' comes from x and a residual; otherwise the residual is not looked at.
+template <typename T, Access ACCESS, bool RESIDUAL>
+__global__ void __launch_bounds__(MOST_THREADS, BLOCKS_RESIDENT<T, ACCESS>)
+    backward_kernel(const __grid_constant__ BackwardPass f) {
+  using A = Accumulator<T>;
+  constexpr bool ALIGNED = ACCESS != Access::elements;
+  constexpr int FLIGHT = VECTORS_IN_FLIGHT<T, RESIDUAL ? 3 : 2>;
+  const Walk& walk = f.walk;
+  const Chunk chunk = find_chunk(walk, f.group_starts, blockIdx.x / walk.tiles);
+  if (chunk.rows.begin >= chunk.rows.end) return;
+  const Columns columns = columns_of_thread(walk, blockIdx.x % walk.tiles);
+
+  const T* dy = static_cast<const T*>(f.dy);  // may be dx: an element is read before it is written, by one thread
+  const T* x = static_cast<const T*>(f.x);
+  const T* residual = static_cast<const T*>(f.residual);
+  T* dx = static_cast<T*>(f.dx);
+  T* dresidual = static_cast<T*>(f.dresidual);
+  const bool derives = dy && !f.mask && f.act != Act::identity;  // act' from x and residual
+  const bool reads_x = derives || f.dvar;
+  const bool packed = ACCESS == Access::rows && walk.layout == Layout::packed;
+  const A slope = A(f.slope), below = A(lower_slope(f.act, f.slope));
+
+  PerChannel<A, ACCESS> scale, shift, mean, of_mean, of_var;
+  if (dy) scale.load(walk, columns, static_cast<const A*>(f.scale));
+  if (derives) shift.load(walk, columns, static_cast<const A*>(f.shift));
+  const A elements = A((chunk.group_rows.end - chunk.group_rows.begin) * walk.run);
+  const int64_t group_at = chunk.group * walk.channels;
+  if (f.dmean) {
+    of_mean.load(walk, columns, static_cast<const A*>(f.dmean) + group_at);
+    of_mean.transform([&](A dmean) { return mean_coefficient(dmean, elements); });
+  }
+  if (f.dvar) {
+    mean.load(walk, columns, static_cast<const A*>(f.mean) + group_at);
+    of_var.load(walk, columns, static_cast<const A*>(f.dvar) + group_at);
+    of_var.transform([&](A dvar) { return var_coefficient(dvar, elements); });
+  }
+
+  Cursor<ACCESS> ahead(walk, columns, chunk.rows), current = ahead;
+  const int32_t steps = steps_of_block(walk, chunk.rows);
+  for (int32_t step = 0; step < steps; step += FLIGHT) {
+    Vector<T> gradient[FLIGHT], input[FLIGHT], added[RESIDUAL ? FLIGHT : 1];
+    uint32_t bits[FLIGHT] = {};
+#pragma unroll
+    for (int u = 0; u < FLIGHT; ++u) {
+      const int count = ahead.count();
+      if (count > 0) {
+        if (dy) gradient[u] = load<ALIGNED>(dy + ahead.at, count);
+        if (reads_x) input[u] = load<ALIGNED>(x + ahead.at, count);
+        if (RESIDUAL) added[u] = load<ALIGNED>(residual + ahead.at, count);
+        if (f.mask)
+          bits[u] = packed ? load_packed_mask(walk, columns, f.mask + ahead.byte) : f.mask[ahead.byte];
+      }
+      ahead.advance(walk);
+    }
+#pragma unroll
+    for (int u = 0; u < FLIGHT; ++u) {
+      const int count = current.count();
+      if (count > 0) {
+        A dz[VECTOR] = {};  // act'·dy
+        if (dy) {
+          widen(gradient[u], dz);
+          if (f.mask) {
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) dz[i] *= bits[u] >> i & 1u ? A(1) : below;
+          } else if (derives) {
+            A z[VECTOR];
+            widen(input[u], z);
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) z[i] = z[i] * scale[i] + shift[i];
+            if (RESIDUAL) {
+              A more[VECTOR];
+              widen(added[u], more);
+#pragma unroll
+              for (int i = 0; i < VECTOR; ++i) z[i] += more[i];
+            }
+            differentiate(z, f.act, slope);
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) dz[i] *= z[i];
+          }
+        }
+        A result[VECTOR];
+        if (f.dvar) {
+          widen(input[u], result);
+#pragma unroll
+          for (int i = 0; i < VECTOR; ++i) result[i] = of_mean[i] + of_var[i] * (result[i] - mean[i]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < VECTOR; ++i) result[i] = of_mean[i];
+        }
+        if (dy) {
+#pragma unroll
+          for (int i = 0; i < VECTOR; ++i) result[i] += scale[i] * dz[i];
+        }
+        store<ALIGNED>(dx + current.at, count, narrow<T>(result));
+        if (dresidual) store<ALIGNED>(dresidual + current.at, count, narrow<T>(dz));
+      }
+      current.advance(walk);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace bnfuse

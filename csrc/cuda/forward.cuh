@@ -1,0 +1,142 @@
+// The forward kernels: y, the mask and the moments of x in one pass over it, and the small one that finishes the moments.
+#pragma once
+
+#include "activations.cuh"
+#include "forward.h"
+#include "moments.cuh"
+#include "site_loss.cuh"
+
+namespace bnfuse {
+namespace {
+
+// The bytes of packed planes' masks, from the bits of the vectors of one row: `staged` holds a byte of bits a thread, the
+// next vector's after this one's. A byte belongs to the thread in whose vector it starts.
+BNFUSE_DEVICE void store_packed_mask(const Walk& walk, const Columns& columns, const uint8_t* staged, uint8_t* mask_row) {
+  const uint32_t next = columns.beside + 1 < walk.wide ? staged[threadIdx.x + 1] : 0;
+  const uint32_t window = staged[threadIdx.x] | next << VECTOR;
+  for_each_mask_bit(walk, columns, [&](int i, int64_t byte, int position) {
+    if (position % 8 != 0) return;
+    const int64_t rest = walk.run - position;
+    const uint32_t bits = rest < 8 ? (1u << rest) - 1 : 0xffu;
+    mask_row[byte] = uint8_t(window >> i & bits);
+  });
+}
+
+// Moments of x, and y and its mask where they are wanted. RESIDUAL: there is one, and only then may there be a mask.
+template <typename T, Access ACCESS, bool RESIDUAL>
+__global__ void __launch_bounds__(MOST_THREADS, BLOCKS_RESIDENT<T, ACCESS>)
+    forward_kernel(const __grid_constant__ ForwardPass f) {
+  using A = Accumulator<T>;
+  constexpr bool ALIGNED = ACCESS != Access::elements;
+  constexpr int FLIGHT = VECTORS_IN_FLIGHT<T, RESIDUAL ? 2 : 1>;
+  const Walk& walk = f.walk;
+  if (f.counters && blockIdx.x == 0)
+    for (int i = threadIdx.x; i <= walk.groups; i += blockDim.x) f.counters[i] = 0;
+
+  const int64_t number = blockIdx.x / walk.tiles;
+  const Chunk chunk = find_chunk(walk, f.group_starts, number);
+  if (chunk.rows.begin >= chunk.rows.end) return;
+  const Columns columns = columns_of_thread(walk, blockIdx.x % walk.tiles);
+
+  const T* x = static_cast<const T*>(f.x);
+  const T* residual = static_cast<const T*>(f.residual);
+  T* y = static_cast<T*>(f.y);
+  const bool packs_mask = RESIDUAL && ACCESS == Access::rows && f.mask && walk.layout == Layout::packed;
+  const A slope = A(f.slope);
+  PerChannel<A, ACCESS> scale, shift;
+  scale.load(walk, columns, static_cast<const A*>(f.scale));
+  shift.load(walk, columns, static_cast<const A*>(f.shift));
+
+  Moments<A, ACCESS> moments;
+  Cursor<ACCESS> ahead(walk, columns, chunk.rows), current = ahead;
+  const int32_t steps = steps_of_block(walk, chunk.rows);
+  for (int32_t step = 0; step < steps; step += FLIGHT) {
+    Vector<T> loaded[FLIGHT], added[RESIDUAL ? FLIGHT : 1];
+#pragma unroll
+    for (int u = 0; u < FLIGHT; ++u) {
+      const int count = ahead.count();
+      if (count > 0) {
+        loaded[u] = load<ALIGNED>(x + ahead.at, count);
+        if (RESIDUAL) added[u] = load<ALIGNED>(residual + ahead.at, count);
+      }
+      ahead.advance(walk);
+    }
+#pragma unroll
+    for (int u = 0; u < FLIGHT; ++u) {
+      const int count = current.count();
+      uint32_t bits = 0;
+      if (count > 0) {
+        A z[VECTOR];
+        widen(loaded[u], z);
+        moments.add(z, count);
+        if (y) {
+#pragma unroll
+          for (int i = 0; i < VECTOR; ++i) z[i] = z[i] * scale[i] + shift[i];
+          if (RESIDUAL) {
+            A more[VECTOR];
+            widen(added[u], more);
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) z[i] += more[i];
+            if (f.mask) {
+              bits = upper_slope_bits(z, f.act);
+              if (!packs_mask) f.mask[current.byte] = uint8_t(bits & ((1u << count) - 1));
+            }
+          }
+          activate(z, f.act, slope);
+          store<ALIGNED>(y + current.at, count, narrow<T>(z));
+        }
+      }
+      if (packs_mask) {
+        uint8_t* staged = shared_memory();
+        staged[threadIdx.x] = uint8_t(bits);
+        __syncthreads();
+        if (count > 0) store_packed_mask(walk, columns, staged, f.mask + current.byte);
+        __syncthreads();
+      }
+      current.advance(walk);
+    }
+  }
+  write_partials(walk, columns, number, moments, SharedMoments<A>(shared_memory()), static_cast<Partial<A>*>(f.partials));
+}
+
+// mean and var [G, C] from the partial moments, in the order of the chunks; a team of threads a channel of a group.
+template <typename A>
+__global__ void __launch_bounds__(MOST_THREADS) finish_kernel(const __grid_constant__ Finish f) {
+  const Walk& walk = f.walk;
+  const int32_t channels_a_block = blockDim.x / f.team, lane = threadIdx.x % f.team;
+  const int64_t blocks_a_group = (walk.channels + channels_a_block - 1) / channels_a_block;
+  const int64_t group = blockIdx.x / blocks_a_group;
+  const int64_t channel = blockIdx.x % blocks_a_group * channels_a_block + threadIdx.x / f.team;
+  const Rows rows = rows_of_group(walk, f.group_starts, group);
+  const int64_t entries = (rows.end - rows.begin + walk.chunk_rows - 1) / walk.chunk_rows * walk.parts;
+  const bool exists = channel < walk.channels;
+
+  PivotSums sums;
+  double pivot = 0;
+  if (exists && entries > 0) {
+    // Entry e is part e % parts of the group's chunk e / parts.
+    const int64_t stride = walk.channels * walk.parts;
+    const Partial<A>* partials =
+        static_cast<const Partial<A>*>(f.partials) + first_chunk(walk, rows, group) * stride + channel * walk.parts;
+    const int64_t part_elements = int64_t(VECTOR) * walk.steps * walk.wide;
+    pivot = partials[0].mean;
+#pragma unroll 8
+    for (int64_t e = lane; e < entries; e += f.team) {
+      const int64_t chunk = walk.parts == 1 ? e : e / walk.parts, part = e - chunk * walk.parts;
+      const Partial<A> partial = partials[chunk * stride + part];
+      const int64_t rows_left = rows.end - rows.begin - chunk * walk.chunk_rows;
+      const int64_t run_left = walk.run - part * part_elements;
+      const int64_t run = walk.parts > 1 && run_left > part_elements ? part_elements : run_left;
+      sums.add(double((rows_left < walk.chunk_rows ? rows_left : walk.chunk_rows) * run), partial.mean, partial.m2, pivot);
+    }
+  }
+  sums.add_up(f.team);
+  if (exists && lane == 0) {
+    static_cast<A*>(f.mean)[group * walk.channels + channel] = A(sums.count > 0 ? sums.mean(pivot) : 0.0);
+    static_cast<A*>(f.var)[group * walk.channels + channel] = A(sums.count > 0 ? sums.m2() / sums.count : 0.0);
+  }
+  if (f.counters) finish_loss<A>(f, group, int32_t(blocks_a_group));
+}
+
+}  // namespace
+}  // namespace bnfuse

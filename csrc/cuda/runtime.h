@@ -1,0 +1,61 @@
+// What the kernels and their launchers need of CUDA beyond the language, in one place: the launch with its check, dynamic
+// shared memory, a 16-byte access. A build for the CPU that emulates CUDA's threads (tests/cuda_emulation) brings its own.
+#pragma once
+
+#ifdef BNFUSE_EMULATED
+#include "cuda_emulation.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#define BNFUSE_DEVICE __device__ __forceinline__
+
+namespace bnfuse {
+
+using Stream = cudaStream_t;
+
+#ifdef __CUDACC__
+
+// Runs kernel(arguments) on `stream`; an error of the launch is thrown, with the kernel's name.
+template <typename Arguments>
+void launch(const char* name, void (*kernel)(Arguments), int64_t blocks, int threads, int64_t shared_bytes, Stream stream,
+            const Arguments& arguments) {
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments);
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("bnfuse: launching ") + name + " with " + std::to_string(blocks) +
+                             " blocks of " + std::to_string(threads) + " threads failed: " + cudaGetErrorString(error));
+}
+
+namespace {
+
+// The block's dynamic shared memory.
+BNFUSE_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+}
+
+// In PTX, since nvcc now and then makes four accesses of one that is written in C++. Volatile keeps them in their order, so
+// that loads stay together, and an element is read before it is overwritten in place.
+BNFUSE_DEVICE void load_16_bytes(const void* from, uint32_t* words) {
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "l"(__cvta_generic_to_global(from)));
+}
+
+BNFUSE_DEVICE void store_16_bytes(void* to, const uint32_t* words) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
+}  // namespace
+#endif  // __CUDACC__
+
+}  // namespace bnfuse
+#endif  // BNFUSE_EMULATED
