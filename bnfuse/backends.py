@@ -1,12 +1,18 @@
 """Which implementation of the operators runs: what is available, what was chosen, and why.
 
-`reference` is the eager definition and runs anywhere; `cpp` is the compiled CPU extension. A backend asked for by name that
-is not there is an error; only `auto` chooses, and says once when it has to take the slow one.
+    cpp         the compiled kernels for the CPU
+    cuda        the compiled kernels for NVIDIA GPUs
+    triton      kernels in Triton, for GPUs; where TRITON_INTERPRET=1 is set also for the CPU, very slowly, for tests
+    reference   the eager definition, runs anywhere
+
+A backend asked for by name that is not there is an error; only `auto` chooses, the first of these that runs on a device, and
+says once when it has to take the slow one.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import warnings
 from dataclasses import dataclass
@@ -15,8 +21,9 @@ import torch
 
 from .errors import BackendError, InputError
 
-BACKENDS = ("auto", "reference", "cpp")
+BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 ENVIRONMENT_VARIABLE = "BNFUSE_BACKEND"
+OLDEST_TRITON_DEVICE = (8, 0)  # compute capability
 
 try:
     from . import _C as extension
@@ -28,31 +35,69 @@ except ImportError as error:
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation: whether it can run here, on which device types, and the reason in words."""
+    """One implementation: whether it can run here, on which device types, why, and whether `auto` may take it."""
 
     name: str
     available: bool
     devices: tuple[str, ...]
     reason: str
+    automatic: bool = True
 
 
 def describe() -> list[Backend]:
-    """Every backend, fastest first, with why it is or is not available."""
+    """Every backend, in the order in which `auto` takes them, with why it is or is not available."""
+    return [_cpp(), _cuda(), _triton(), Backend("reference", True, ("cpu", "cuda"), "eager PyTorch, runs anywhere")]
+
+
+def _cpp() -> Backend:
     if extension is None:
-        cpp = Backend(
-            "cpp",
-            False,
-            ("cpu",),
-            f"the C++ extension cannot be loaded ({_extension_error}); build it with `pip install --no-build-isolation -e .`",
+        return Backend("cpp", False, ("cpu",), _no_extension())
+    reason = f"C++ extension built with {extension.compiler()}, running {extension.instruction_set()}"
+    return Backend("cpp", True, ("cpu",), reason)
+
+
+def _no_extension() -> str:
+    return f"the C++ extension cannot be loaded ({_extension_error}); build it with `pip install --no-build-isolation -e .`"
+
+
+def _cuda() -> Backend:
+    missing = functools.partial(Backend, "cuda", False, ("cuda",))
+    if extension is None:
+        return missing(_no_extension())
+    built = getattr(extension, "cuda_architectures", list)()
+    if not built:
+        return missing(
+            "the C++ extension was built without CUDA; build it again with a torch that has CUDA, and nvcc, and BNFUSE_CUDA=1"
         )
-    else:
-        cpp = Backend(
-            "cpp",
-            True,
-            ("cpu",),
-            f"C++ extension built with {extension.compiler()}, running {extension.instruction_set()}",
+    if not torch.cuda.is_available():
+        return missing(f"built for {', '.join(built)}, but this PyTorch ({torch.__version__}) sees no CUDA device")
+    major, minor = torch.cuda.get_device_capability()
+    # Machine code runs on devices of the same generation, of the same or a later version.
+    if not any(int(name[3:-1]) == major and int(name[-1]) <= minor for name in built):
+        return missing(
+            f"built for {', '.join(built)}, the device is sm_{major}{minor}; set TORCH_CUDA_ARCH_LIST and build again"
         )
-    return [cpp, Backend("reference", True, ("cpu", "cuda"), "eager PyTorch, runs anywhere")]
+    return Backend("cuda", True, ("cuda",), f"CUDA kernels built for {', '.join(built)}, running on sm_{major}{minor}")
+
+
+def _triton() -> Backend:
+    missing = functools.partial(Backend, "triton", False, ("cuda",))
+    if not triton_is_installed():
+        return missing("Triton is not installed; PyTorch's CUDA builds bring it, elsewhere `pip install triton`")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return Backend("triton", True, ("cuda", "cpu"), "interpreted (TRITON_INTERPRET=1): for tests, very slow", False)
+    if not torch.cuda.is_available():
+        return missing(
+            f"this PyTorch ({torch.__version__}) sees no CUDA device; TRITON_INTERPRET=1 interprets the kernels on the CPU"
+        )
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_TRITON_DEVICE:
+        return missing(f"the device is sm_{capability[0]}{capability[1]}, the kernels need sm_80 or newer")
+    return Backend("triton", True, ("cuda",), f"compiled for sm_{capability[0]}{capability[1]} when first called")
+
+
+def triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def check_name(backend: str) -> None:
@@ -76,9 +121,11 @@ def resolve(backend: str, device_type: str) -> str:
 def _resolve(backend: str, device_type: str) -> str:
     check_name(backend)
     if backend == "auto":
-        chosen = next(b for b in describe() if b.available and device_type in b.devices or b.name == "reference")
-        if chosen.name == "reference" and device_type == "cpu":
-            warnings.warn(f"running on the slow reference backend: {_description('cpp').reason}", stacklevel=3)
+        candidates = [b for b in describe() if device_type in b.devices and b.automatic]
+        chosen = next((b for b in candidates if b.available), _description("reference"))
+        if chosen.name == "reference" and len(candidates) > 1:
+            reasons = "; ".join(f"{b.name}: {b.reason}" for b in candidates if not b.available)
+            warnings.warn(f"running on the slow reference backend on {device_type} ({reasons})", stacklevel=3)
         return chosen.name
     wanted = _description(backend)
     if not wanted.available:

@@ -10,7 +10,7 @@ import torch
 from . import __version__, backends
 from .errors import BnfuseError
 
-_PACKAGES = ("torch", "numpy", "safetensors", "pillow", "scikit-learn", "torchvision", "timm")
+_PACKAGES = ("torch", "triton", "numpy", "safetensors", "pillow", "scikit-learn", "torchvision", "timm")
 
 
 def report() -> str:

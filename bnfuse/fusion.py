@@ -1,8 +1,8 @@
 """Rewrites a frozen network so that each BatchNorm (+ residual) (+ activation) becomes one fused site that yields moments.
 
 `fuse(model)` traces the network with torch.fx and folds the chains it finds; where tracing fails it replaces the BatchNorm
-modules alone. Weights are shared with the original, which stays as it was. Not for training: BatchNorm is applied with its
-running statistics.
+modules alone. Weights are shared with the original, which stays as it was; those of convolutions may be laid out anew. Not for
+training: BatchNorm is applied with its running statistics.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ class FusedModel(nn.Module):
     site_names : the BatchNorm layers that the network has (traced: those that it runs), by module name
     """
 
-    def __init__(
-        self, body: nn.Module, tape: _Tape, sites: dict[str, _Site], traced: bool, memory_format: torch.memory_format
-    ):
+    def __init__(self, body: nn.Module, tape: _Tape, sites: dict[str, _Site], traced: bool, memory_format: torch.memory_format):
         super().__init__()
         self.body, self._tape, self.traced, self.memory_format = body, tape, traced, memory_format
         self.site_names = list(sites)
@@ -76,7 +74,8 @@ def fuse(
 
     Parameters
     ----------
-    model : a network in eval mode without trainable parameters, see `bnfuse.freeze`; it shares its weights with the result
+    model : a network in eval mode without trainable parameters, see `bnfuse.freeze`; it shares its weights with the result, but
+        for those of convolutions that have to be laid out anew
     backend : which kernels run, see `bnfuse.backends`
     trace : False replaces the BatchNorm modules alone, as happens by itself (with a warning) where torch.fx fails
     memory_format : of images and activations [N, C, H, W] inside the network. Default torch.channels_last, in which

@@ -5,8 +5,9 @@
     group_moments(x, …)                       → mean, var            the moments of any tensor
     bn_loss(mean, var, targets, …)            → loss                 the distance of all sites' moments from their targets
 
-An operator exists once for each backend, in a namespace of its own and with one schema: `bnfuse_reference` is implemented and
-differentiated here, in terms of `reference.py`; `bnfuse_cpp` in csrc/. Nothing here computes.
+An operator exists in one namespace a backend, with one schema: `bnfuse_reference` and `bnfuse_triton` are differentiated here,
+and implemented by `reference.py` and the Triton kernels; `bnfuse_cpp` is all in csrc/, with kernels for the CPU and for CUDA.
+Nothing here computes.
 """
 
 from __future__ import annotations
@@ -37,27 +38,41 @@ SCHEMAS = {
 }
 
 
-# ---- bnfuse_reference ----
+# What only the compiled backends have as operators of their own: for the reference it is plain differentiable PyTorch.
+COMPILED_SCHEMAS = {
+    # bn_forward, the site's loss and the loss's derivatives by mean and var
+    "bn_forward_with_targets": "(Tensor x, Tensor? residual, Tensor scale, Tensor shift, Tensor group_starts, "
+    "Tensor target_mean, Tensor target_var, Tensor? classes, float weight, str act, float slope, str distance, bool use_std, "
+    "float eps, float slack, float mean_weight, float var_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",  # y, mean, var, mask, loss, dmean, dvar
+    # the loss of all sites and its derivatives, site after site
+    "bn_loss": "(Tensor[] mean, Tensor[] var, Tensor target_mean, Tensor target_var, Tensor? classes, Tensor site_weights, "
+    "str distance, bool use_std, float eps, float slack, float mean_weight, float var_weight) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",  # loss, distances, dmean, dvar
+}
 
-LIBRARY = torch.library.Library("bnfuse_reference", "DEF")
-for _name, _schema in SCHEMAS.items():
-    LIBRARY.define(_name + _schema)
-    LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+# ---- autograd of the backends in Python; that of bnfuse_cpp is in csrc/autograd.cpp ----
 
 
 def _bn_forward_setup(ctx, inputs, output):
     x, residual, scale, shift, group_starts, act, slope = inputs
     _, mean, _, mask = output
-    ctx.set_materialize_grads(False)
+    _keep_site(ctx, x, residual, scale, shift, group_starts, mean, mask, act, slope)
     ctx.mark_non_differentiable(mask)
+
+
+def _keep_site(ctx, x, residual, scale, shift, group_starts, mean, mask, act, slope, *coefficients):
+    ctx.set_materialize_grads(False)
     ctx.act, ctx.slope, ctx.has_residual = act, slope, residual is not None
     # With a mask the residual is not needed again; without a residual there is nothing to keep but x.
     kept_residual = None if mask.numel() or act == "identity" else residual
-    ctx.save_for_backward(x, kept_residual, scale, shift, group_starts, mean, mask)
+    ctx.save_for_backward(x, kept_residual, scale, shift, group_starts, mean, mask, *coefficients)
 
 
-def _bn_forward_backward(ctx, dy, dmean, dvar, _dmask):
-    x, residual, scale, shift, group_starts, mean, mask = ctx.saved_tensors
+def _site_gradients(backend, ctx, dy, dmean, dvar):
+    """dx and dresidual, None where nobody wants them."""
+    x, residual, scale, shift, group_starts, mean, mask = ctx.saved_tensors[:7]
     dx = dresidual = None
     if dy is not None:
         dy = _match_layout(dy, x)
@@ -65,12 +80,16 @@ def _bn_forward_backward(ctx, dy, dmean, dvar, _dmask):
     derives_dresidual = wants_dresidual and ctx.act != "identity"
     if ctx.needs_input_grad[0] or derives_dresidual:
         moments = mean, dmean, dvar, group_starts
-        dx, dresidual = torch.ops.bnfuse_reference.bn_backward(
+        dx, dresidual = backend.bn_backward(
             dy, x, residual, mask, scale, shift, *moments, ctx.act, ctx.slope, derives_dresidual
         )
     if wants_dresidual and ctx.act == "identity":
         dresidual = dy
-    return dx, dresidual if wants_dresidual else None, None, None, None, None, None
+    return dx, dresidual if wants_dresidual else None
+
+
+def _bn_forward_backward(backend, ctx, dy, dmean, dvar, _dmask):
+    return *_site_gradients(backend, ctx, dy, dmean, dvar), *[None] * 5
 
 
 def _group_moments_setup(ctx, inputs, output):
@@ -79,27 +98,90 @@ def _group_moments_setup(ctx, inputs, output):
     ctx.save_for_backward(x, group_starts, output[0])
 
 
-def _group_moments_backward(ctx, dmean, dvar):
+def _group_moments_backward(backend, ctx, dmean, dvar):
     x, group_starts, mean = ctx.saved_tensors
-    return torch.ops.bnfuse_reference.group_moments_backward(x, mean, dmean, dvar, group_starts), None
+    return backend.group_moments_backward(x, mean, dmean, dvar, group_starts), None
 
 
-def _no_second_order(ctx, *_gradients):
+def _bn_forward_with_targets_setup(ctx, inputs, output):
+    x, residual, scale, shift, group_starts, _, _, _, _, act, slope, *_ = inputs
+    _, mean, _, mask, _, dmean, dvar = output
+    _keep_site(ctx, x, residual, scale, shift, group_starts, mean, mask, act, slope, dmean, dvar)
+    ctx.mark_non_differentiable(mask, dmean, dvar)
+
+
+def _bn_forward_with_targets_backward(backend, ctx, dy, dmean, dvar, _dmask, dloss, _ddmean, _ddvar):
+    moments = []
+    for gradient, coefficients in zip((dmean, dvar), ctx.saved_tensors[7:]):
+        through_loss = None if dloss is None else coefficients * dloss
+        terms = [term for term in (gradient, through_loss) if term is not None]
+        moments.append(sum(terms) if terms else None)
+    return *_site_gradients(backend, ctx, dy, *moments), *[None] * 15
+
+
+def _bn_loss_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.groups, ctx.channels = inputs[0][0].shape[0], [site.shape[1] for site in inputs[0]]
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _bn_loss_backward(_backend, ctx, dloss, *_others):
+    if dloss is None:
+        return [None] * len(ctx.channels), [None] * len(ctx.channels), *[None] * 10
+    sizes = [ctx.groups * channels for channels in ctx.channels]
+    gradients = [[part.view(ctx.groups, -1) for part in (c * dloss).split(sizes)] for c in ctx.saved_tensors]
+    return *gradients, *[None] * 10
+
+
+def _no_second_order(_backend, ctx, *_gradients):
     raise RuntimeError(
         "bnfuse's operators are differentiable once; for second-order gradients call the functions of "
         "bnfuse.reference, which plain autograd differentiates any number of times"
     )
 
 
-def _register_autograd(name, backward, setup_context=None):
-    torch.library.register_autograd(f"bnfuse_reference::{name}", backward, setup_context=setup_context)
+AUTOGRAD = {
+    "bn_forward": (_bn_forward_backward, _bn_forward_setup),
+    "group_moments": (_group_moments_backward, _group_moments_setup),
+    "bn_forward_with_targets": (_bn_forward_with_targets_backward, _bn_forward_with_targets_setup),
+    "bn_loss": (_bn_loss_backward, _bn_loss_setup),
+    # The backward passes have no derivative of their own: asking for one is an error, not a wrong number.
+    "bn_backward": (_no_second_order, None),
+    "group_moments_backward": (_no_second_order, None),
+}
 
 
-_register_autograd("bn_forward", _bn_forward_backward, _bn_forward_setup)
-_register_autograd("group_moments", _group_moments_backward, _group_moments_setup)
-# The backward passes have no derivative of their own: asking for one is an error, not a wrong number.
-_register_autograd("bn_backward", _no_second_order)
-_register_autograd("group_moments_backward", _no_second_order)
+def _define(namespace: str, schemas: dict[str, str], implementations) -> torch.library.Library:
+    """A backend in Python: operators of these schemas, whose implementations are the namesakes in a module."""
+    library = torch.library.Library(namespace, "DEF")
+    backend = getattr(torch.ops, namespace)
+    for name, schema in schemas.items():
+        library.define(name + schema)
+        library.impl(name, getattr(implementations, name), "CompositeExplicitAutograd")
+        backward, setup = AUTOGRAD[name]
+        torch.library.register_autograd(
+            f"{namespace}::{name}", functools.partial(backward, backend), setup_context=setup, lib=library
+        )
+    return library
+
+
+class _TritonKernels:
+    """The functions of `bnfuse.kernels`, which is imported when the first of them is called: importing Triton takes a while."""
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            from . import kernels
+
+            return getattr(kernels, name)(*arguments)
+
+        return call
+
+
+LIBRARIES = {"reference": _define("bnfuse_reference", SCHEMAS, reference)}
+if backends.triton_is_installed():
+    LIBRARIES["triton"] = _define("bnfuse_triton", SCHEMAS | COMPILED_SCHEMAS, _TritonKernels())
+NAMESPACES = [f"bnfuse_{name}" for name in LIBRARIES] + (["bnfuse_cpp"] if backends.extension else [])
 
 
 # ---- what every backend's operators look like to a compiler ----
@@ -140,14 +222,17 @@ def _bn_loss_fake(mean, var, target_mean, target_var, classes, site_weights, *_o
     )
 
 
-for _namespace in ("bnfuse_reference", *(["bnfuse_cpp"] if backends.extension else [])):
-    torch.library.register_fake(f"{_namespace}::bn_forward", _bn_forward_fake)
-    torch.library.register_fake(f"{_namespace}::bn_backward", _bn_backward_fake)
-    torch.library.register_fake(f"{_namespace}::group_moments", _group_moments_fake)
-    torch.library.register_fake(f"{_namespace}::group_moments_backward", _group_moments_backward_fake)
-    if _namespace != "bnfuse_reference":
-        torch.library.register_fake(f"{_namespace}::bn_forward_with_targets", _bn_forward_with_targets_fake)
-        torch.library.register_fake(f"{_namespace}::bn_loss", _bn_loss_fake)
+FAKES = {
+    "bn_forward": _bn_forward_fake,
+    "bn_backward": _bn_backward_fake,
+    "group_moments": _group_moments_fake,
+    "group_moments_backward": _group_moments_backward_fake,
+    "bn_forward_with_targets": _bn_forward_with_targets_fake,
+    "bn_loss": _bn_loss_fake,
+}
+for _namespace in NAMESPACES:
+    for _name in SCHEMAS if _namespace == "bnfuse_reference" else FAKES:
+        torch.library.register_fake(f"{_namespace}::{_name}", FAKES[_name])
 
 
 # ---- the operators of a backend ----
@@ -163,16 +248,18 @@ def _bn_forward_with_targets(
     return y, mean, var, mask, loss
 
 
-OPERATORS = {}
-for _name in ("reference", *(["cpp"] if backends.extension else [])):
-    _namespace = getattr(torch.ops, f"bnfuse_{_name}")
-    OPERATORS[_name] = SimpleNamespace(**{name: getattr(_namespace, name).default for name in SCHEMAS})
-    # The eager loss is plain differentiable PyTorch, second order included: no operator need be made of it.
-    eager = _name == "reference"
-    OPERATORS[_name].bn_loss = reference.bn_loss if eager else _namespace.bn_loss.default
-    OPERATORS[_name].bn_forward_with_targets = (
-        _bn_forward_with_targets if eager else _namespace.bn_forward_with_targets.default
-    )
+def _operators_of(namespace: str) -> SimpleNamespace:
+    names = SCHEMAS if namespace == "bnfuse_reference" else FAKES
+    found = SimpleNamespace(**{name: getattr(getattr(torch.ops, namespace), name).default for name in names})
+    if namespace == "bnfuse_reference":
+        # The eager loss is plain differentiable PyTorch, second order included: no operator need be made of it.
+        found.bn_loss, found.bn_forward_with_targets = reference.bn_loss, _bn_forward_with_targets
+    return found
+
+
+OPERATORS = {namespace.removeprefix("bnfuse_"): _operators_of(namespace) for namespace in NAMESPACES}
+if backends.extension:
+    OPERATORS["cuda"] = OPERATORS["cpp"]  # one operator with a kernel for either device
 
 
 def operators(backend: str, device_type: str) -> SimpleNamespace:
@@ -208,7 +295,7 @@ def bn_act(
     group_starts : int64 [G + 1] on x's device, non-decreasing from 0 to N; default one group
     residual : like x, or None
     act : one of `reference.ACTIVATIONS`; `slope` is leaky ReLU's
-    backend : "auto", "cpp" or "reference"
+    backend : see `bnfuse.backends`
 
     Returns
     -------
@@ -389,7 +476,7 @@ def bn_loss(
     site_weights : [S], in the moments' dtype
     classes : int64 [G], each group's row of the targets; not needed where there is one row
     distance, use_std, eps, slack, mean_weight, var_weight : see `reference.bn_distance`
-    backend : "auto", "cpp" or "reference"
+    backend : see `bnfuse.backends`
 
     Returns
     -------

@@ -74,7 +74,7 @@ class Shared(nn.Module):
 
 
 class Viewing(nn.Module):
-    """It takes positions and channels together by `view`, which only contiguous activations allow, and reads bits by another."""
+    """It takes positions and channels together by `view`, which contiguous activations alone allow, and reads bits by one."""
 
     def __init__(self, size: int = 8):
         super().__init__()
