@@ -39,6 +39,8 @@ class Settings:
     dtype: torch.dtype
     layout: str
     quick: bool
+    networks: tuple[str, ...]
+    batch: int | None  # images, for sites and steps; None takes each network's own
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -53,6 +55,10 @@ class Settings:
         """Of one operator in one direction; a step takes longer, see test_steps.py."""
         return Limits(5, 15, 2.0)
 
+    def step_batch(self, network: str) -> int:
+        """Images of a step."""
+        return self.batch or (NETWORKS[network].quick_step_batch if self.quick else NETWORKS[network].step_batch)
+
     def describe(self) -> dict:
         return {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch."), "layout": self.layout}
 
@@ -65,6 +71,7 @@ class Settings:
             parts.append(f"threads{self.threads}")
         parts += [str(self.dtype).removeprefix("torch.")] if self.dtype != torch.float32 else []
         parts += [self.layout] if self.layout != "contiguous" else []
+        parts += [f"batch{self.batch}"] if self.batch else []
         return "_".join(parts)
 
 
@@ -86,7 +93,11 @@ def pytest_addoption(parser):
     group.addoption("--device", default="cpu", help="cpu or cuda (default cpu)")
     group.addoption("--threads", type=int, default=DEFAULT_THREADS, help=f"of PyTorch's pool (default {DEFAULT_THREADS})")
     group.addoption("--dtype", default="float32", choices=list(DTYPES), help="of activations and weights (default float32)")
-    group.addoption("--layout", default="contiguous", choices=list(LAYOUTS), help="of sites and of the memory's rivals (default contiguous)")
+    group.addoption(
+        "--layout", default="contiguous", choices=list(LAYOUTS), help="of sites and of the memory's rivals (default contiguous)"
+    )
+    group.addoption("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), help="some of them (default all)")
+    group.addoption("--batch", type=int, help="images, for sites and steps alike (default each network's own)")
     group.addoption("--quick", action="store_true", help="some of the sites and steps, in less than three minutes")
 
 
@@ -99,7 +110,11 @@ def pytest_configure(config):
     torch.set_num_threads(option.threads)
     if option.benchmark_disable:
         raise pytest.UsageError("--benchmark-disable leaves nothing to compare")
-    config.stash[SETTINGS] = Settings(device, option.threads, DTYPES[option.dtype], option.layout, option.quick)
+    if option.batch is not None and option.batch < 1:
+        raise pytest.UsageError(f"--batch must be positive, got {option.batch}")
+    config.stash[SETTINGS] = Settings(
+        device, option.threads, DTYPES[option.dtype], option.layout, option.quick, tuple(option.networks), option.batch
+    )
     config.stash[RECORD] = Record()
     # No case is cut off; of pytest-benchmark's table what belongs to medians is enough.
     config.option.timeout = 0
@@ -131,7 +146,7 @@ def pytest_generate_tests(metafunc):
     if "network" in metafunc.fixturenames:
         memory = metafunc.module.__name__ == "test_memory"
         quick = ["resnet20"] if memory else ["resnet20", "resnet18"]
-        metafunc.parametrize("network", quick if settings.quick else list(NETWORKS))
+        metafunc.parametrize("network", [name for name in settings.networks if name in quick or not settings.quick])
 
 
 _COUNTS = pytest.StashKey[dict]()
@@ -139,7 +154,8 @@ _COUNTS = pytest.StashKey[dict]()
 
 def _counts(config) -> dict:
     if _COUNTS not in config.stash:
-        config.stash[_COUNTS] = all_sites()
+        settings = config.stash[SETTINGS]
+        config.stash[_COUNTS] = all_sites(settings.networks, settings.batch)
     return config.stash[_COUNTS]
 
 
@@ -185,8 +201,11 @@ def pytest_collection_modifyitems(config, items):
     if config.stash[SETTINGS].device.type == "cuda":
         for item in items:
             item.add_marker(pytest.mark.benchmark(timer=CudaInstant))
-    # Cases picked by hand are timed and printed, but are not the suite.
+    # Cases picked by hand are timed and printed, but are not the suite; nor are some networks on the CPU.
     config.stash[RECORD].incomplete.update(_suite(arg) for arg in config.args if "::" in arg)
+    settings = config.stash[SETTINGS]
+    if settings.device.type == "cpu" and set(settings.networks) != set(NETWORKS):
+        config.stash[RECORD].incomplete.update(SUMMARIES)
 
 
 def pytest_deselected(items):

@@ -17,7 +17,7 @@ from timing import OURS, Contender
 from tolerances import assert_elements_close, assert_moments_close
 from torch import Tensor
 
-from bnfuse import ops, reference
+from bnfuse import backends, ops, reference
 
 EPS = 2**-10
 # That the rivals compute the same thing is all that is checked of them: ‖actual − expected‖ ≤ tolerance·‖expected‖. What they
@@ -70,6 +70,14 @@ def var_mean(x: Tensor, residual: Tensor | None, bn: BatchNorm, act: str) -> tup
     return plain(x, residual, bn, act)[0], loss
 
 
+def other_backends(device: torch.device) -> list[str]:
+    """The GPU backends that could run and that `auto` does not take: they are timed beside it."""
+    if device.type != "cuda":
+        return []
+    chosen = backends.resolve("auto", device.type)
+    return [b.name for b in backends.describe() if b.available and b.name in ("cuda", "triton") and b.name != chosen]
+
+
 @dataclass
 class Case:
     """One site with everything that its forward and backward pass take."""
@@ -88,11 +96,11 @@ class Case:
         self.shift = self.bn.bias - self.bn.running_mean * self.scale  # [C]
         self.targets = self.bn.running_mean[None], self.bn.running_var[None]  # [1, C] each
 
-    def fused(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def fused(self, x: Tensor, residual: Tensor | None, backend: str = "auto") -> tuple[Tensor, Tensor]:
         """The same through bnfuse."""
         groups = self.group_starts
         return ops.bn_act_loss(
-            x, self.scale, self.shift, *self.targets, group_starts=groups, residual=residual, act=self.site.act
+            x, self.scale, self.shift, *self.targets, group_starts=groups, residual=residual, act=self.site.act, backend=backend
         )[:2]
 
     def functions(self, compiled: bool) -> dict[str, Callable[[], tuple[Tensor, Tensor | None]]]:
@@ -102,7 +110,11 @@ class Case:
             torch._dynamo.reset()  # each site is a program of its own, not one more variant of the last
             calls |= {f"compiled_{n}": torch.compile(calls[n], dynamic=False, fullgraph=True) for n in ("hook", "var_mean")}
         bind = lambda call: lambda: call(self.x, self.residual, self.bn, self.site.act)
-        return {OURS: lambda: self.fused(self.x, self.residual), **{name: bind(call) for name, call in calls.items()}}
+        others = {name: self._through(name) for name in other_backends(self.x.device)}
+        return {OURS: self._through("auto"), **others, **{name: bind(call) for name, call in calls.items()}}
+
+    def _through(self, backend: str) -> Callable[[], tuple[Tensor, Tensor]]:
+        return lambda: self.fused(self.x, self.residual, backend)
 
     def gradients(self, outputs: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
         """dx (and dresidual) of ``⟨dy, y⟩ + loss``."""
@@ -180,7 +192,7 @@ def verify(case: Case, functions: dict[str, Callable[[], tuple[Tensor, Tensor | 
         if case.residual is not None:
             expected["dresidual"] = gradients[1]
         for what, values in expected.items():
-            if name == OURS:
+            if name in (OURS, "cuda", "triton"):
                 assert_elements_close(actual[what], values, dtype)
             else:
                 assert_near(actual[what], values, RIVAL_TOLERANCE[dtype], f"{name}: {what}")

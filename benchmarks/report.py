@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+from summary import geometric_mean
+
 ROOT = Path(__file__).parents[1]
 RESULTS, README, PICTURE = ROOT / "benchmarks/results", ROOT / "README.md", ROOT / "docs/images/roofline.png"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
@@ -62,13 +64,30 @@ def operators_table(result: dict) -> str:
         "plain BN + act": "op_speedup_vs_plain",
         "time over floor": "op_time_over_floor",
     }
-    rows = [["faster than", *columns]]
-    for name, means in {**summary["operators_by_network"], "all": summary}.items():
-        rows.append([f"{NAMES.get(name, name)}, {means['sites']} sites", *(times(means[key]) for key in columns.values())])
+    others = [name for name in ("cuda", "triton") if all(name in case["ratios"] for case in result["operators"])]
+    rows = [["faster than", *columns, "of copy bandwidth", *(f"`{name}`" for name in others)]]
+
+    def add(label: str, means: dict, network: str | None = None, direction: str = "both") -> None:
+        weighed = _weighed(result["operators"], network, direction)
+        share = sum(n * case["seconds"]["floor"] for case, n in weighed) / sum(
+            n * case["seconds"]["bnfuse"] for case, n in weighed
+        )
+        beside = [times(geometric_mean((case["ratios"][name], n) for case, n in weighed)) for name in others]
+        rows.append([label, *(times(means[key]) for key in columns.values()), f"{share:.0%}", *beside])
+
+    for name, means in summary["operators_by_network"].items():
+        add(f"{NAMES.get(name, name)}, {means['sites']} sites", means, network=name)
+    add(f"all, {summary['sites']} sites", summary)
     for direction in ("forward", "backward"):
         if means := summary["operators_by_direction"].get(direction):
-            rows.append([f"all, {direction} alone", *(times(means[key]) for key in columns.values())])
+            add(f"all, {direction} alone", means, direction=direction)
     return markdown(rows)
+
+
+def _weighed(cases: list[dict], network: str | None, direction: str) -> list[tuple[dict, int]]:
+    """The cases of a network, or of all, in one direction, and how often each counts."""
+    counts = [(case, sum(n for name, n in case["networks"].items() if network in (None, name))) for case in cases]
+    return [(case, count) for case, count in counts if count and case["direction"] == direction]
 
 
 def steps_table(result: dict) -> str:

@@ -1,4 +1,7 @@
-"""Where a benchmark leaves its figures: benchmarks/results/NAME.json, with what they were measured on."""
+"""Where a benchmark leaves its figures: benchmarks/results/NAME.json, with what they were measured on.
+
+BNFUSE_RESULTS=… names another folder.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ import torch
 from bnfuse import __version__, backends
 from bnfuse.files import write_atomically
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BNFUSE_RESULTS") or Path(__file__).parent / "results")
 _ALLOCATOR_VARIABLES = re.compile(r"MALLOC_\w+_|GLIBC_TUNABLES|LD_PRELOAD|THP_MEM_ALLOC_ENABLE|PYTORCH_(CUDA_)?ALLOC_CONF")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -82,8 +82,8 @@ class Site:
         return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
 
 
-def sites_of(name: str) -> Counter[Site]:
-    """A network's sites at its full batch, equal ones counted."""
+def sites_of(name: str, batch: int | None = None) -> Counter[Site]:
+    """A network's sites at its full batch or the one given, equal ones counted."""
     network, sites = NETWORKS[name], Counter()
     fused = fuse(freeze(network.build())).to("meta")
     for module in fused.modules():
@@ -91,15 +91,15 @@ def sites_of(name: str) -> Counter[Site]:
             module.register_forward_pre_hook(
                 lambda site, inputs: sites.update([Site(tuple(inputs[0].shape), site.act.name, site.has_residual)])
             )
-    fused(torch.empty(network.batch, 3, network.size, network.size, device="meta"))
+    fused(torch.empty(batch or network.batch, 3, network.size, network.size, device="meta"))
     return sites
 
 
-def all_sites() -> dict[Site, dict[str, int]]:
-    """Every site of every network → how many of it each network has."""
+def all_sites(networks: Iterable[str] = NETWORKS, batch: int | None = None) -> dict[Site, dict[str, int]]:
+    """Every site of the networks → how many of it each network has."""
     counts: dict[Site, dict[str, int]] = {}
-    for name in NETWORKS:
-        for site, count in sites_of(name).items():
+    for name in networks:
+        for site, count in sites_of(name, batch).items():
             counts.setdefault(site, {})[name] = count
     return counts
 
@@ -113,7 +113,7 @@ def quick_sites(counts: dict[Site, dict[str, int]]) -> dict[Site, bool]:
     The one with more is: compilation is what takes long.
     """
     chosen: dict[Site, bool] = {}
-    for name in NETWORKS:
+    for name in dict.fromkeys(name for networks in counts.values() for name in networks):
         fitting = [site for site in counts if name in counts[site] and 4 * site.elements <= QUICK_SITE_BYTES]
         first, second = sorted(fitting, key=lambda site: counts[site][name] * site.elements, reverse=True)[:2]
         chosen[first] = True

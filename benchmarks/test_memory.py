@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sites import NETWORKS
 from step_memory import child_environment, kept_bytes
 from steps import LOSSES, make_images, make_teacher, verify
 
@@ -15,7 +14,7 @@ CONTENDERS = ("bnfuse", "hook", "plain")
 
 
 def test_memory(network, settings, record):
-    batch = NETWORKS[network].quick_step_batch if settings.quick else NETWORKS[network].step_batch
+    batch = settings.step_batch(network)
     model = make_teacher(network, *settings.tensors)
     images, labels = make_images(network, batch, model, settings.memory_format)
     losses = {name: LOSSES[name](model, labels) for name in CONTENDERS}

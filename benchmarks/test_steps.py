@@ -8,19 +8,21 @@ from __future__ import annotations
 import copy
 
 import torch
-from sites import LAYOUTS, NETWORKS
-from steps import LOSSES, compiled_hook_loss, make_images, make_step, make_teacher, verify
+from contenders import other_backends
+from sites import LAYOUTS
+from steps import LOSSES, FusedLoss, compiled_hook_loss, make_images, make_step, make_teacher, verify
 from timing import OURS, Contender, Limits, alternate, medians, ratios
 
 RIVALS = ("hook", "plain")
 
 
 def test_step(network, benchmark, settings, machine, record):
-    batch = NETWORKS[network].quick_step_batch if settings.quick else NETWORKS[network].step_batch
+    batch = settings.step_batch(network)
     model = make_teacher(network, settings.device, settings.dtype, torch.contiguous_format)
     images, labels = make_images(network, batch, model, torch.contiguous_format)
     # (name, layout) → loss; bnfuse and its convolutions choose the layout themselves.
     losses = {(name, ""): LOSSES[name](model, labels) for name in (OURS, "conv_only")}
+    losses |= {(name, ""): FusedLoss(model, labels, backend=name) for name in other_backends(settings.device)}
     for layout, memory_format in LAYOUTS.items():
         laid_out = copy.deepcopy(model).to(memory_format=memory_format)
         losses |= {(name, layout): LOSSES[name](laid_out, labels) for name in RIVALS}
