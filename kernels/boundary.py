@@ -20,10 +20,6 @@ INTERPRETED = triton.knobs.runtime.interpret
 ALIGNMENT = 16  # bytes, of the widest access
 
 
-def refuse(message: str) -> InputError:
-    return InputError(message)
-
-
 def describe(tensor: Tensor) -> str:
     dtype = str(tensor.dtype).removeprefix("torch.")
     return f"{dtype} {list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bnfuse import reference
+from bnfuse.errors import InputError
 
 from . import boundary, tuning
 from .activations import activation, on_upper_slope
@@ -545,7 +546,7 @@ def bn_forward_with_targets(
     boundary.check_choice("distance", distance, reference.DISTANCES)
     dtype = reference.moment_dtype(x.dtype)
     if target_mean.dim() != 2:
-        raise boundary.refuse(f"target_mean must be [K, {walk.channels}], got {boundary.describe(target_mean)}")
+        raise InputError(f"target_mean must be [K, {walk.channels}], got {boundary.describe(target_mean)}")
     table = len(target_mean), walk.channels
     targets = _Targets(
         boundary.check_table("target_mean", target_mean, dtype, table, x.device),

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bnfuse import reference
+from bnfuse.errors import InputError
 
 from . import boundary
 from .distances import channel_terms, load_target, site_distance, store_coefficients
@@ -151,24 +152,24 @@ def bn_loss(
     """
     boundary.check_choice("distance", distance, reference.DISTANCES)
     if not mean:
-        raise boundary.refuse("bn_loss needs at least one site, got none")
+        raise InputError("bn_loss needs at least one site, got none")
     if len(var) != len(mean):
-        raise boundary.refuse(f"var must have one tensor a site, {len(mean)}, got {len(var)}")
+        raise InputError(f"var must have one tensor a site, {len(mean)}, got {len(var)}")
     dtype, device, groups = mean[0].dtype, mean[0].device, mean[0].shape[0]
     boundary.check_device(mean[0])
     if dtype not in (torch.float32, torch.float64):
-        raise boundary.refuse(f"moments must be float32 or float64, got {boundary.describe(mean[0])}")
+        raise InputError(f"moments must be float32 or float64, got {boundary.describe(mean[0])}")
     for name, moments in (("mean", mean), ("var", var)):
         for site, like in zip(moments, mean):
             if like.dim() != 2:
-                raise boundary.refuse(f"{name} must be [G, C] at every site, got {boundary.describe(like)}")
+                raise InputError(f"{name} must be [G, C] at every site, got {boundary.describe(like)}")
             boundary.check(name, site, dtype, (groups, like.shape[1]), device)
     starts = [0]
     for site in mean:
         starts.append(starts[-1] + site.shape[1])
     width, targets = starts[-1], target_mean.shape[0]
     if target_mean.dim() != 2:
-        raise boundary.refuse(f"target_mean must be [K, {width}], got {boundary.describe(target_mean)}")
+        raise InputError(f"target_mean must be [K, {width}], got {boundary.describe(target_mean)}")
     target_mean = boundary.check_table("target_mean", target_mean, dtype, (targets, width), device)
     target_var = boundary.check_table("target_var", target_var, dtype, (targets, width), device)
     boundary.check("site_weights", site_weights, dtype, (len(mean),), device)
