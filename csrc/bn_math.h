@@ -43,9 +43,9 @@ BNFUSE_INLINE void merge_moments(double& mean, double& m2, double mean_b, double
   m2 += m2_b + delta * delta * weights.cross;
 }
 
-// m2 of `count` elements from s = Σ(x − p) and q = Σ(x − p)² about a pivot p near their mean.
-BNFUSE_INLINE double centred_m2(double s, double q, double count) {
-  const double m2 = q - s * s / count;
+// m2 of 1/share elements from s = Σ(x − p) and q = Σ(x − p)² about a pivot p near their mean.
+BNFUSE_INLINE double centred_m2(double s, double q, double share) {
+  const double m2 = q - s * (s * share);
   return m2 < 0 ? 0 : m2;  // rounding alone makes it negative; NaN stays
 }
 

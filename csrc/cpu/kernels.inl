@@ -6,7 +6,7 @@
 // in the accumulator's type A; narrower elements are converted tile by tile.
 //
 //   planes   a tile is a piece of one plane: one row, one channel, whose coefficients are the same along the row
-//   columns  a tile is some rows of some columns, and every column has its own coefficients
+//   columns  a tile is some rows of some columns, every column has its own coefficients, and moments and output are one loop
 //
 // Everything sits in an unnamed namespace, and no header with code of its own is included but for the compiler's
 // intrinsics: a function shared with another set might be the copy compiled for a processor that is not there.
@@ -33,9 +33,10 @@ constexpr int64_t VECTOR_BYTES = 32;
 constexpr int64_t VECTOR_BYTES = 16;
 #endif
 
-constexpr int64_t TILE_SIZE = 8192;    // elements of a tile at most
-constexpr int64_t FIRST_ROWS = 4;      // of an item, whose mean its moments are taken about
+constexpr int64_t TILE_SIZE = 4096;    // elements of a tile at most
 constexpr int64_t PLANE_TILE = 4096;   // of a tile in the walk over planes; a multiple of 8: tiles share no mask byte
+constexpr int64_t PIVOT_ROWS = 8;      // of an item, whose mean its moments are taken about
+constexpr int64_t PIVOT_PLANES = 4;    // the same, where a row of the item holds whole planes
 
 // ---- spans of elements ----
 
@@ -70,13 +71,6 @@ void narrow_span(const A* __restrict in, int64_t n, T* __restrict out) {
   }
 #endif
   for (; i < n; ++i) narrow(in[i], out[i]);
-}
-
-// Asks for x [n] to be brought near.
-template <typename T>
-BNFUSE_INLINE void fetch_span(const T* x, int64_t n) {
-  constexpr int64_t LINE = 64 / sizeof(T);
-  for (int64_t i = 0; i < n; i += LINE) __builtin_prefetch(x + i, 0, 2);
 }
 
 // ---- a tile ----
@@ -286,8 +280,7 @@ struct Span {
     }
     const double s = double(sum_lanes<A>(s0 + s1) + s_rest), q = double(sum_lanes<A>(q0 + q1) + q_rest);
     mean = double(pivot) + s * share;
-    const double centred = q - s * (s * share);
-    m2 = centred < 0 ? 0 : centred;  // rounding alone makes it negative; NaN stays
+    m2 = centred_m2(s, q, share);
     if (!is_finite(m2)) exact_moments(x, n, mean, m2);
   }
 };
@@ -369,16 +362,7 @@ struct ColumnMoments {
     const S* __restrict p = pivot;
     S* __restrict s_out = s;
     S* __restrict q_out = q;
-    int64_t r = 0;
-    for (; r + 4 <= shape.rows; r += 4) {
-      const A *x0 = x.data + r * x.stride, *x1 = x0 + x.stride, *x2 = x1 + x.stride, *x3 = x2 + x.stride;
-      for (int64_t i = 0; i < shape.width; ++i) {
-        const S d0 = x0[i] - p[i], d1 = x1[i] - p[i], d2 = x2[i] - p[i], d3 = x3[i] - p[i];
-        s_out[i] += (d0 + d1) + (d2 + d3);
-        q_out[i] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
-      }
-    }
-    for (; r < shape.rows; ++r) {
+    for (int64_t r = 0; r < shape.rows; ++r) {
       const A* row = x.data + r * x.stride;
       for (int64_t i = 0; i < shape.width; ++i) {
         const S d = row[i] - p[i];
@@ -388,8 +372,12 @@ struct ColumnMoments {
     }
   }
 
-  // mean, m2 [channels] of the `count` elements a channel that were added; whether all are to be trusted. A channel is not
-  // where its mean lies more than a deviation from the pivot, so that m2 loses digits, or where a sum has overflowed.
+  // Not where the mean lies more than two deviations from the pivot, so that m2 loses digits, or where a sum has overflowed.
+  static BNFUSE_INLINE int64_t is_trusted(double s, double m2, double share) {
+    return int64_t(is_finite(m2)) & int64_t(!(s * (s * share) > 4 * m2));
+  }
+
+  // mean, m2 [channels] of the `count` elements a channel that were added; whether all are to be trusted.
   bool finish(Columns columns, double count, double* __restrict mean, double* __restrict m2) {
     gather(s, columns);
     gather(q, columns);
@@ -399,15 +387,12 @@ struct ColumnMoments {
     const double share = 1 / count;
     int64_t doubtful = 0;
     for (int64_t c = 0; c < columns.channels; ++c) {
-      const double first_moment = double(s[c]), offset = first_moment * (first_moment * share);
-      const double centred = double(q[c]) - offset;
-      mean[c] = double(pivot[c]) + first_moment * share;
-      m2[c] = centred < 0 ? 0 : centred;  // rounding alone makes it negative; NaN stays
-      doubtful |= int64_t(!is_finite(m2[c])) | int64_t(offset > m2[c]);
+      mean[c] = double(pivot[c]) + double(s[c]) * share;
+      m2[c] = centred_m2(double(s[c]), double(q[c]), share);
+      doubtful |= !is_trusted(double(s[c]), m2[c], share);
     }
     if (!doubtful) return true;
-    for (int64_t c = 0; c < columns.channels; ++c)
-      trusted[c] = is_finite(m2[c]) & !(double(s[c]) * (double(s[c]) * share) > m2[c]);
+    for (int64_t c = 0; c < columns.channels; ++c) trusted[c] = is_trusted(double(s[c]), m2[c], share);
     return false;
   }
 };
@@ -468,24 +453,25 @@ void unpack_tile(MaskTile mask, Shape shape, uint8_t* flags) {
       unpack(mask.bits + r * mask.row_stride + k * mask.segment_stride, mask.length, flags + r * shape.width + i);
 }
 
-// ---- forward, a tile: y = act(scale·x + shift (+ residual)), and the flags of the mask ----
+// ---- forward, a tile of one channel: y = act(scale·x + shift (+ residual)), and the flags of the mask ----
 
 // flags [rows·width], written where a mask is needed.
 template <typename A>
 using ApplyFunction = void (*)(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape, Coefficients<A>, A slope,
                                uint8_t* flags);
 
-template <typename A, Act ACT, bool RESIDUAL, bool SAME>
+template <typename A, Act ACT, bool RESIDUAL>
 void apply(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape shape, Coefficients<A> coefficients, A slope,
            uint8_t* flags) {
   constexpr bool MASK = RESIDUAL && (ACT == Act::relu || ACT == Act::relu6 || ACT == Act::leaky_relu);
+  const A scale = coefficients.scale[0], shift = coefficients.shift[0];
   for (int64_t r = 0; r < shape.rows; ++r) {
     const A* __restrict x_row = x.data + r * x.stride;
     const A* __restrict residual_row = RESIDUAL ? residual.data + r * residual.stride : nullptr;
     A* __restrict y_row = y.data + r * y.stride;
     uint8_t* __restrict flags_row = MASK ? flags + r * shape.width : nullptr;
     for (int64_t i = 0; i < shape.width; ++i) {
-      A z = column<SAME>(coefficients.scale, i) * x_row[i] + column<SAME>(coefficients.shift, i);
+      A z = scale * x_row[i] + shift;
       if (RESIDUAL) z += residual_row[i];
       if (MASK) flags_row[i] = on_upper_slope<ACT>(z);
       y_row[i] = activation<ACT>(z, slope);
@@ -493,15 +479,59 @@ void apply(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape shape, Coef
   }
 }
 
-template <typename A, bool RESIDUAL, bool SAME>
+template <typename A, bool RESIDUAL>
 ApplyFunction<A> select_apply(Act act) {
   switch (act) {
-    case Act::relu: return apply<A, Act::relu, RESIDUAL, SAME>;
-    case Act::relu6: return apply<A, Act::relu6, RESIDUAL, SAME>;
-    case Act::leaky_relu: return apply<A, Act::leaky_relu, RESIDUAL, SAME>;
-    case Act::silu: return apply<A, Act::silu, RESIDUAL, SAME>;
-    case Act::hardswish: return apply<A, Act::hardswish, RESIDUAL, SAME>;
-    default: return apply<A, Act::identity, RESIDUAL, SAME>;
+    case Act::relu: return apply<A, Act::relu, RESIDUAL>;
+    case Act::relu6: return apply<A, Act::relu6, RESIDUAL>;
+    case Act::leaky_relu: return apply<A, Act::leaky_relu, RESIDUAL>;
+    case Act::silu: return apply<A, Act::silu, RESIDUAL>;
+    case Act::hardswish: return apply<A, Act::hardswish, RESIDUAL>;
+    default: return apply<A, Act::identity, RESIDUAL>;
+  }
+}
+
+// ---- forward, a tile of columns: its moments too, in the same loop ----
+
+// flags [rows·width], written where a mask is needed.
+template <typename A>
+using AddAndApplyFunction = void (*)(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape, Coefficients<A>, A slope,
+                                     uint8_t* flags, ColumnMoments<A>& moments);
+
+template <typename A, Act ACT, bool RESIDUAL>
+void add_and_apply(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape shape, Coefficients<A> coefficients, A slope,
+                   uint8_t* flags, ColumnMoments<A>& moments) {
+  constexpr bool MASK = RESIDUAL && (ACT == Act::relu || ACT == Act::relu6 || ACT == Act::leaky_relu);
+  const A *scale = coefficients.scale, *shift = coefficients.shift, *pivot = moments.pivot;
+  A *s = moments.s, *q = moments.q;
+  // Row after row: the processor then sees memory read in order, and sums in cache cost less than its waiting.
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    const A* x_row = x.data + r * x.stride;
+    const A* residual_row = RESIDUAL ? residual.data + r * residual.stride : nullptr;
+    A* y_row = y.data + r * y.stride;
+    uint8_t* flags_row = MASK ? flags + r * shape.width : nullptr;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < shape.width; ++i) {
+      const A d = x_row[i] - pivot[i];
+      s[i] += d;
+      q[i] += d * d;
+      A z = scale[i] * x_row[i] + shift[i];
+      if (RESIDUAL) z += residual_row[i];
+      if (MASK) flags_row[i] = on_upper_slope<ACT>(z);
+      y_row[i] = activation<ACT>(z, slope);
+    }
+  }
+}
+
+template <typename A, bool RESIDUAL>
+AddAndApplyFunction<A> select_add_and_apply(Act act) {
+  switch (act) {
+    case Act::relu: return add_and_apply<A, Act::relu, RESIDUAL>;
+    case Act::relu6: return add_and_apply<A, Act::relu6, RESIDUAL>;
+    case Act::leaky_relu: return add_and_apply<A, Act::leaky_relu, RESIDUAL>;
+    case Act::silu: return add_and_apply<A, Act::silu, RESIDUAL>;
+    case Act::hardswish: return add_and_apply<A, Act::hardswish, RESIDUAL>;
+    default: return add_and_apply<A, Act::identity, RESIDUAL>;
   }
 }
 
@@ -509,28 +539,36 @@ ApplyFunction<A> select_apply(Act act) {
 template <typename T, bool SAME>
 struct ForwardTile {
   using A = Accumulator<T>;
+  using Function = std::conditional_t<SAME, ApplyFunction<A>, AddAndApplyFunction<A>>;
   const Forward& f;
-  ApplyFunction<A> apply;
+  Function function;
   alignas(64) A x_buffer[TILE_SIZE];
   alignas(64) A residual_buffer[TILE_SIZE];
   alignas(64) A y_buffer[TILE_SIZE];
   uint8_t flags[TILE_SIZE];
 
-  explicit ForwardTile(const Forward& f)
-      : f(f), apply(f.residual ? select_apply<A, true, SAME>(f.act) : select_apply<A, false, SAME>(f.act)) {}
+  explicit ForwardTile(const Forward& f) : f(f), function(f.residual ? select<true>(f.act) : select<false>(f.act)) {}
+
+  template <bool RESIDUAL>
+  static Function select(Act act) {
+    if constexpr (SAME) return select_apply<A, RESIDUAL>(act);
+    if constexpr (!SAME) return select_add_and_apply<A, RESIDUAL>(act);
+  }
 
   Tile<const A> load_x(int64_t at, int64_t stride, Shape shape) {
     return load(static_cast<const T*>(f.x) + at, stride, shape, x_buffer);
   }
 
-  // The tile at element `at`, whose rows lie `stride` apart; x is what load_x gave for it.
-  void operator()(Tile<const A> x, int64_t at, int64_t stride, Shape shape, Coefficients<A> coefficients, MaskTile mask) {
-    if (!f.y) return;
+  // y of the tile at element `at`, whose rows lie `stride` apart; x is what load_x gave for it. `moments` are the walk over
+  // columns' sums, to which x is added.
+  template <typename... Moments>
+  void operator()(Tile<const A> x, int64_t at, int64_t stride, Shape shape, Coefficients<A> coefficients, MaskTile mask,
+                  Moments&... moments) {
     Tile<const A> residual{nullptr, 0};
     if (f.residual) residual = load(static_cast<const T*>(f.residual) + at, stride, shape, residual_buffer);
     T* out = static_cast<T*>(f.y) + at;
     const Tile<A> y = target(out, stride, shape, y_buffer);
-    apply(x, residual, y, shape, coefficients, A(f.slope), flags);
+    function(x, residual, y, shape, coefficients, A(f.slope), flags, moments...);
     store(y, out, stride, shape);
     if (mask.bits) pack_tile(flags, shape, mask);
   }
@@ -715,7 +753,7 @@ void forward_planes_of(const Forward& f, int64_t begin, int64_t end) {
       merge_moments(mean, m2, mean_here, m2_here, merge_weights(double(i), double(shape.width)));
     }
     const MaskTile mask{f.mask ? f.mask + plane * mask_bytes(f.plane_size) + i / 8 : nullptr, shape.width, 0, 0};
-    forward_tile(x, at, shape.width, shape, coefficients, mask);
+    if (f.y) forward_tile(x, at, shape.width, shape, coefficients, mask);
     f.partial_mean[plane] = mean;
     f.partial_m2[plane] = m2;
   });
@@ -756,23 +794,35 @@ struct Item {
     columns = {left < walk.tile_channels ? left : walk.tile_channels, walk.run, walk.fold};
   }
 
-  // Calls tile(element it starts at, its shape, stride of its rows, row of memory it starts at) for all tiles of the first
-  // `count` rows of memory: whole rows of the tile, and at the end one shorter row with the rows of memory left over. Before a
-  // tile, fetch(element, elements) is called for the rows of the next one: its pieces of rows, far from one another, are too
-  // short for the processor to see what comes.
-  template <typename Function, typename Fetch>
-  BNFUSE_INLINE void for_each_tile(const ColumnWalk& walk, int64_t count, const Function& tile, const Fetch& fetch) const {
+  // Calls tile(element it starts at, its shape, stride of its rows, row of memory it starts at) for all tiles: whole rows of
+  // the tile, and at the end one shorter row with the rows of memory left over.
+  template <typename Function>
+  BNFUSE_INLINE void for_each_tile(const ColumnWalk& walk, const Function& tile) const {
     const int64_t row_elements = walk.channels * walk.run;  // of a row of memory
     const int64_t width = columns.width(), stride = walk.fold * row_elements;
-    const int64_t step = TILE_SIZE / width;
-    const int64_t whole = count / walk.fold, rest = count % walk.fold;
+    const int64_t step = COLUMN_TILE / width;
+    const int64_t whole = (rows.end - rows.begin) / walk.fold, rest = (rows.end - rows.begin) % walk.fold;
     const int64_t start = rows.begin * row_elements + first_channel * walk.run;
     for (int64_t r = 0; r < whole; r += step) {
-      for (int64_t next = r + step; next < whole && next < r + 2 * step; ++next) fetch(start + next * stride, width);
       tile(start + r * stride, Shape{whole - r < step ? whole - r : step, width}, stride, rows.begin + r * walk.fold);
     }
     if (rest)
       tile(start + whole * stride, Shape{1, rest * columns.channels * columns.run}, stride, rows.begin + whole * walk.fold);
+  }
+
+  // Calls tile(element it starts at, its shape) for at most `count` rows, spread evenly over the item since neighbours are
+  // alike; returns how many rows of memory they are.
+  template <typename Function>
+  BNFUSE_INLINE int64_t for_some_rows(const ColumnWalk& walk, int64_t count, const Function& tile) const {
+    const int64_t row_elements = walk.channels * walk.run, start = rows.begin * row_elements + first_channel * walk.run;
+    const int64_t rows_here = rows.end - rows.begin, whole = rows_here / walk.fold;
+    if (whole == 0) {
+      tile(start, Shape{1, rows_here * columns.channels * columns.run});
+      return rows_here;
+    }
+    const int64_t some = whole < count ? whole : count;
+    for (int64_t i = 0; i < some; ++i) tile(start + i * whole / some * walk.fold * row_elements, Shape{1, columns.width()});
+    return some * walk.fold;
   }
 
   MaskTile mask(const ColumnWalk& walk, uint8_t* bits, int64_t row) const {
@@ -802,19 +852,16 @@ void forward_columns_of(const Forward& f, const ColumnWalk& walk, int64_t begin,
       shift.fill(item.columns, [&](int64_t c) { return static_cast<const A*>(f.shift)[first + c]; });
     }
     moments.start(item.columns);
-    const int64_t first_rows = rows < FIRST_ROWS * walk.fold ? rows : FIRST_ROWS * walk.fold;
-    const auto add_to_pivot = [&](int64_t at, Shape shape, int64_t stride, int64_t) {
-      moments.add_to_pivot(forward_tile.load_x(at, stride, shape), shape);
-    };
-    const auto fetch = [&](int64_t at, int64_t n) { fetch_span(static_cast<const T*>(f.x) + at, n); };
-    item.for_each_tile(walk, first_rows, add_to_pivot, fetch);
-    moments.finish_pivot(item.columns, double(first_rows * walk.run));
+    const int64_t pivot_rows = item.for_some_rows(walk, walk.run > 1 ? PIVOT_PLANES : PIVOT_ROWS, [&](int64_t at, Shape shape) {
+      moments.add_to_pivot(forward_tile.load_x(at, shape.width, shape), shape);
+    });
+    moments.finish_pivot(item.columns, double(pivot_rows * walk.run));
     const auto add_and_apply = [&](int64_t at, Shape shape, int64_t stride, int64_t row) {
       const Tile<const A> x = forward_tile.load_x(at, stride, shape);
-      moments.add(x, shape);
-      forward_tile(x, at, stride, shape, coefficients, item.mask(walk, f.mask, row));
+      if (f.y) forward_tile(x, at, stride, shape, coefficients, item.mask(walk, f.mask, row), moments);
+      else moments.add(x, shape);
     };
-    item.for_each_tile(walk, rows, add_and_apply, fetch);
+    item.for_each_tile(walk, add_and_apply);
     const double count = double(rows * walk.run);
     double* mean = f.partial_mean + item.chunk * f.channels + first;
     double* m2 = f.partial_m2 + item.chunk * f.channels + first;
@@ -826,7 +873,7 @@ void forward_columns_of(const Forward& f, const ColumnWalk& walk, int64_t begin,
     const auto add_exactly = [&](int64_t at, Shape shape, int64_t stride, int64_t) {
       exact.add(forward_tile.load_x(at, stride, shape), shape);
     };
-    item.for_each_tile(walk, rows, add_exactly, fetch);
+    item.for_each_tile(walk, add_exactly);
     double exact_mean[COLUMN_TILE], exact_m2[COLUMN_TILE];
     exact.finish(item.columns, count, exact_mean, exact_m2);
     for (int64_t c = 0; c < item.columns.channels; ++c) {
@@ -863,11 +910,7 @@ void backward_columns_of(const Backward& f, const ColumnWalk& walk, int64_t begi
     const auto apply = [&](int64_t at, Shape shape, int64_t stride, int64_t row) {
       backward_tile(at, stride, shape, coefficients, item.mask(walk, const_cast<uint8_t*>(f.mask), row));
     };
-    const auto fetch = [&](int64_t at, int64_t n) {
-      fetch_span(static_cast<const T*>(f.x) + at, n);
-      if (f.dy) fetch_span(static_cast<const T*>(f.dy) + at, n);
-    };
-    item.for_each_tile(walk, item.rows.end - item.rows.begin, apply, fetch);
+    item.for_each_tile(walk, apply);
   }
 }
 

@@ -26,8 +26,8 @@ namespace {
 
 constexpr int64_t ELEMENTS_PER_THREAD = 32768;  // fewer do not pay for waking a thread
 constexpr int64_t SMALL_PLANE = 128;            // planes of up to as many elements are walked as columns
-constexpr int64_t FOLDED_WIDTH = 64;            // narrower rows are folded until a long row has as many columns
-constexpr int64_t ROW_TILE = 512;               // columns of an item at most, where each has a channel of its own
+constexpr int64_t FOLDED_WIDTH = 256;           // narrower rows are folded until a long row has as many columns
+constexpr int64_t ITEM_WIDTH = 1024;            // columns of an item at most: their sums and coefficients stay in cache
 constexpr int64_t ITEM_ELEMENTS = 65536;        // of the walk over columns, about
 constexpr int64_t ITEMS = 32;                   // are enough to keep threads equally busy
 
@@ -72,24 +72,28 @@ struct CutColumns {
     walk.fold = 1;
     while (walk.run == 1 && walk.fold * channels < FOLDED_WIDTH) walk.fold *= 2;
 
-    const int64_t rows = group_starts.back() * rows_a_sample;
-    // Where a channel has one column the sums of every item are finished channel by channel: narrow items have more rows.
-    int64_t width = std::min(walk.run == 1 ? ROW_TILE : COLUMN_TILE, walk.fold * channels * walk.run);
-    const int64_t step = walk.fold * std::clamp<int64_t>(ITEM_ELEMENTS / width, 16, 256);
+    const int64_t rows = group_starts.back() * rows_a_sample, columns = walk.fold * channels * walk.run;
+    const int64_t wanted = std::min(ITEMS, rows * channels * walk.run / ELEMENTS_PER_THREAD);
+    int64_t width = std::min(ITEM_WIDTH, columns), long_rows = std::clamp<int64_t>(ITEM_ELEMENTS / width, 16, 256);
+    cut_channels(channels, (columns + width - 1) / width);
+    // Short items rather than narrow ones, whose pieces of rows lie apart; but their coefficients must be worth their making.
+    const auto too_few = [&] { return rows / (long_rows * walk.fold) * walk.channel_tiles < wanted; };
+    while (too_few() && long_rows > 64) long_rows /= 2;
+    for (; too_few() && width >= 512; width /= 2) cut_channels(channels, 2 * ((columns + width - 1) / width));
     for (size_t group = 0; group + 1 < group_starts.size(); ++group) {
-      const int64_t end = group_starts[group + 1] * rows_a_sample;
+      const int64_t end = group_starts[group + 1] * rows_a_sample, step = walk.fold * long_rows;
       for (int64_t row = group_starts[group] * rows_a_sample; row < end; row += step)
         chunks.push_back({row, std::min(row + step, end), static_cast<int64_t>(group)});
     }
     walk.chunks = chunks.data();
-    for (;; width /= 2) {
-      const int64_t tiles = (walk.fold * channels * walk.run + width - 1) / width;
-      int64_t tile_channels = std::clamp<int64_t>((channels + tiles - 1) / tiles, 1, COLUMN_TILE / (walk.fold * walk.run));
-      if (walk.run == 1 && tile_channels < channels) tile_channels = (tile_channels + 7) / 8 * 8;
-      walk.tile_channels = tile_channels;
-      walk.channel_tiles = (input.channels + tile_channels - 1) / tile_channels;
-      if (items() >= ITEMS || width < 1024 || rows == 0) break;
-    }
+  }
+
+ private:
+  void cut_channels(int64_t channels, int64_t tiles) {
+    int64_t tile_channels = std::clamp<int64_t>((channels + tiles - 1) / tiles, 1, COLUMN_TILE / (walk.fold * walk.run));
+    if (walk.run == 1 && tile_channels < channels) tile_channels = (tile_channels + 7) / 8 * 8;
+    walk.tile_channels = tile_channels;
+    walk.channel_tiles = (walk.channels + tile_channels - 1) / tile_channels;
   }
 };
 

@@ -28,7 +28,7 @@ struct PivotSums {
   }
 
   BNFUSE_DEVICE double mean(double pivot) const { return pivot + s / count; }
-  BNFUSE_DEVICE double m2() const { return centred_m2(s, q, count); }
+  BNFUSE_DEVICE double m2() const { return centred_m2(s, q, 1.0 / count); }
 };
 
 // One set of moments for each of a thread's eight elements, since each may have a channel of its own (Welford 1962): no
