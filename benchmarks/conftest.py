@@ -3,6 +3,7 @@
     pytest benchmarks                               # or `make bench`: results/operators.json, steps.json, memory.json
     pytest benchmarks --quick                       # or `make bench-quick`: a part of it, results/quick.json
     pytest benchmarks --device cuda                 # the same cases on a GPU; its name goes into the files' names
+    pytest benchmarks --compile-for resnet50        # torch.compile's rivals for one network alone: they take most of the time
     pytest benchmarks/test_operators.py --layout channels_last      # results/operators_channels_last.json
 
 A suite's file appears only when every one of its cases has run and passed.
@@ -25,9 +26,10 @@ from report import terminal_tables
 from results_file import device_name, slug, write_result
 from sites import DTYPES, LAYOUTS, NETWORKS, all_sites, quick_sites
 from summary import SUMMARIES
-from timing import CudaInstant, Limits, Machine, bandwidth
+from timing import OPERATOR_LIMITS, QUICK_STEP_LIMITS, STEP_LIMITS, CudaInstant, Limits, Machine, bandwidth
 
 DEFAULT_THREADS = 2
+GPU_COMPILERS = 8  # processes that compile for a GPU side by side: each holds a site of some GB on it
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Settings:
     quick: bool
     networks: tuple[str, ...]
     batch: int | None  # images, for sites and steps; None takes each network's own
+    compile_for: tuple[str, ...]  # the networks that torch.compile's rivals run of
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -52,8 +55,12 @@ class Settings:
 
     @property
     def limits(self) -> Limits:
-        """Of one operator in one direction; a step takes longer, see test_steps.py."""
-        return Limits(5, 15, 2.0)
+        """Of one operator in one direction."""
+        return OPERATOR_LIMITS[self.device.type]
+
+    @property
+    def step_limits(self) -> Limits:
+        return QUICK_STEP_LIMITS if self.quick else STEP_LIMITS[self.device.type]
 
     def step_batch(self, network: str) -> int:
         """Images of a step."""
@@ -97,6 +104,13 @@ def pytest_addoption(parser):
         "--layout", default="contiguous", choices=list(LAYOUTS), help="of sites and of the memory's rivals (default contiguous)"
     )
     group.addoption("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), help="some of them (default all)")
+    group.addoption(
+        "--compile-for",
+        nargs="*",
+        default=list(NETWORKS),
+        choices=list(NETWORKS),
+        help="who gets compiled rivals (default all)",
+    )
     group.addoption("--batch", type=int, help="images, for sites and steps alike (default each network's own)")
     group.addoption("--quick", action="store_true", help="some of the sites and steps, in less than three minutes")
 
@@ -113,7 +127,14 @@ def pytest_configure(config):
     if option.batch is not None and option.batch < 1:
         raise pytest.UsageError(f"--batch must be positive, got {option.batch}")
     config.stash[SETTINGS] = Settings(
-        device, option.threads, DTYPES[option.dtype], option.layout, option.quick, tuple(option.networks), option.batch
+        device,
+        option.threads,
+        DTYPES[option.dtype],
+        option.layout,
+        option.quick,
+        tuple(option.networks),
+        option.batch,
+        tuple(option.compile_for),
     )
     config.stash[RECORD] = Record()
     # No case is cut off; of pytest-benchmark's table what belongs to medians is enough.
@@ -139,7 +160,8 @@ def pytest_generate_tests(metafunc):
     settings = metafunc.config.stash[SETTINGS]
     if "verified" in metafunc.fixturenames:
         counts = _counts(metafunc.config)
-        sites = quick_sites(counts) if settings.quick else dict.fromkeys(counts, True)  # whether to compile for it
+        compiled = {site: not networks.keys().isdisjoint(settings.compile_for) for site, networks in counts.items()}
+        sites = quick_sites(counts) if settings.quick else compiled  # whether to compile for it
         directions = ["both"] if settings.quick else ["forward", "backward", "both"]
         metafunc.parametrize("verified", sites.items(), ids=[str(site) for site in sites], indirect=True, scope="module")
         metafunc.parametrize("direction", directions)
@@ -181,11 +203,12 @@ def machine(settings) -> Machine:
 
 @pytest.fixture(scope="session")
 def compiler_cache(request, settings) -> None:
-    """Compiles what the chosen sites need, on all threads at once: one after the other it would take as long as the rest."""
+    """Compiles what the chosen sites need, side by side: one after the other it would take as long as the rest."""
     chosen = (item.callspec.params["verified"] for item in request.session.items if "verified" in item.fixturenames)
     sites = [site for site, compiled in dict.fromkeys(chosen) if compiled]
     arguments = (settings.device, settings.dtype, settings.layout, settings.threads)
-    with ProcessPoolExecutor(settings.threads, get_context("spawn")) as pool:
+    processes = settings.threads if settings.device.type == "cpu" else min(GPU_COMPILERS, os.cpu_count())
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         for done in [pool.submit(precompile, site, *arguments) for site in sites]:
             done.result()
 
@@ -204,7 +227,7 @@ def pytest_collection_modifyitems(config, items):
     # Cases picked by hand are timed and printed, but are not the suite; nor are some networks on the CPU.
     config.stash[RECORD].incomplete.update(_suite(arg) for arg in config.args if "::" in arg)
     settings = config.stash[SETTINGS]
-    if settings.device.type == "cpu" and set(settings.networks) != set(NETWORKS):
+    if settings.device.type == "cpu" and not set(NETWORKS) == {*settings.networks} == {*settings.compile_for}:
         config.stash[RECORD].incomplete.update(SUMMARIES)
 
 

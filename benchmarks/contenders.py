@@ -143,19 +143,22 @@ def make_case(site: Site, device: torch.device, dtype: torch.dtype, memory_forma
 
     It is exact, and at least 1/256 away from the kinks of the activations, so all contenders stand on the same side of them.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def integers(*size: int, low: int = 0, high: int) -> Tensor:
+        return torch.randint(low, high, size, generator=generator, device=device)
 
     def eighths(*size: int, low: int = -32, high: int = 33) -> Tensor:
-        return torch.randint(low, high, size, generator=generator) / 8
+        return integers(*size, low=low, high=high) / 8
 
     def tensor() -> Tensor:
-        return eighths(*site.shape).to(device, dtype, memory_format=memory_format)
+        return eighths(*site.shape).to(dtype, memory_format=memory_format)
 
     channels = site.shape[1]
     moments = reference.moment_dtype(dtype)
     bn = BatchNorm(
         running_mean=eighths(channels),
-        running_var=4.0 ** torch.randint(-1, 2, (channels,), generator=generator) - EPS,
+        running_var=torch.tensor([0.25, 1.0, 4.0], device=device)[integers(channels, high=3)] - EPS,
         weight=eighths(channels, low=1, high=17),
         bias=eighths(channels, low=-8, high=9) + 2**-8,
     )
@@ -164,7 +167,7 @@ def make_case(site: Site, device: torch.device, dtype: torch.dtype, memory_forma
         tensor().requires_grad_(),
         tensor().requires_grad_() if site.has_residual else None,
         tensor(),
-        BatchNorm(*(values.to(device, moments) for values in bn)),
+        BatchNorm(*(values.to(moments) for values in bn)),
     )
 
 
@@ -203,6 +206,7 @@ def verify(case: Case, functions: dict[str, Callable[[], tuple[Tensor, Tensor | 
 def precompile(site: Site, device: torch.device, dtype: torch.dtype, layout: str, threads: int) -> None:
     """Fills the compiler's cache on disk, in a process of its own, so that a site's contenders compile in no time later."""
     torch.set_num_threads(threads)  # it is part of the program
+    torch._inductor.config.compile_threads = 1  # no pool of processes in each of these
     case = make_case(site, device, dtype, LAYOUTS[layout])
     for name, forward in case.functions(compiled=True).items():
         if name.startswith("compiled"):

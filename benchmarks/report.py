@@ -2,6 +2,7 @@
 
 python benchmarks/report.py            # rewrites the block between the README's benchmark markers, and the picture
 python benchmarks/report.py --check    # exits with 1 where the README says something else than the results
+python benchmarks/report.py --gpu DIR  # prints the tables of DIR's results of a GPU, and leaves them in DIR/gpu.md
 """
 
 from __future__ import annotations
@@ -67,13 +68,18 @@ def operators_table(result: dict) -> str:
     others = [name for name in ("cuda", "triton") if all(name in case["ratios"] for case in result["operators"])]
     rows = [["faster than", *columns, "of copy bandwidth", *(f"`{name}`" for name in others)]]
 
+    def cell(means: dict, key: str) -> str:
+        """A mean over some of the sites says of how many."""
+        some = "compile" in key and 0 < means.get("compiled_sites", means["sites"]) < means["sites"]
+        return times(means[key]) + (f" ({means['compiled_sites']} of {means['sites']})" if some else "")
+
     def add(label: str, means: dict, network: str | None = None, direction: str = "both") -> None:
         weighed = _weighed(result["operators"], network, direction)
         share = sum(n * case["seconds"]["floor"] for case, n in weighed) / sum(
             n * case["seconds"]["bnfuse"] for case, n in weighed
         )
         beside = [times(geometric_mean((case["ratios"][name], n) for case, n in weighed)) for name in others]
-        rows.append([label, *(times(means[key]) for key in columns.values()), f"{share:.0%}", *beside])
+        rows.append([label, *(cell(means, key) for key in columns.values()), f"{share:.0%}", *beside])
 
     for name, means in summary["operators_by_network"].items():
         add(f"{NAMES.get(name, name)}, {means['sites']} sites", means, network=name)
@@ -90,15 +96,66 @@ def _weighed(cases: list[dict], network: str | None, direction: str) -> list[tup
     return [(case, count) for case, count in counts if count and case["direction"] == direction]
 
 
+def sites_table(result: dict) -> str:
+    """Microseconds of every site on each GPU backend, a direction at a time, and its part of the copy bandwidth."""
+    backends = {result["backend"]: "bnfuse"}  # what `auto` took goes by that name
+    backends |= {name: name for name in ("cuda", "triton") if all(name in case["seconds"] for case in result["operators"])}
+    directions = dict.fromkeys(case["direction"] for case in result["operators"])
+    cases = {(case["site"], case["direction"]): case for case in result["operators"]}
+
+    def cells(case: dict) -> list[str]:
+        seconds, floor = {name: case["seconds"][key] for name, key in backends.items()}, case["seconds"]["floor"]
+        return [f"{case['bytes'] / 1e6:.0f}", *(f"{time * 1e6:.0f} ({floor / time:.0%})" for time in seconds.values())]
+
+    rows = [["site", *(head for d in directions for head in (f"{d}, MB", *(f"`{name}`, µs" for name in backends)))]]
+    for site in dict.fromkeys(site for site, _ in cases):
+        rows.append([site, *(cell for d in directions for cell in cells(cases[site, d]))])
+    return markdown(rows)
+
+
+STEP_RIVALS = {
+    "hook": "eager hook",
+    "autocast_hook": "eager hook, autocast",
+    "compiled_hook": "compiled hook",
+    "plain": "no statistics",
+    "conv_only": "convolutions alone",
+    "autocast_bnfuse": "bnfuse, autocast",
+    "cuda": "`cuda`",
+    "triton": "`triton`",
+}
+
+
 def steps_table(result: dict) -> str:
-    rows = [["step", "bnfuse", "eager hook", "compiled hook", "no statistics", "convolutions alone"]]
+    """Milliseconds, a row a network; on a GPU also what they make of a run on ImageNet."""
+    rivals = {name: head for name, head in STEP_RIVALS.items() if any(name in case["ratios"] for case in result["steps"])}
+    rows = [["step", "bnfuse", *rivals.values()]]
     for case in result["steps"]:
         cells = [f"{case['seconds']['bnfuse'] * 1e3:.0f} ms"]
-        for name in ("hook", "compiled_hook", "plain", "conv_only"):
+        for name in rivals:
             known = name in case["ratios"]
             cells.append(f"{case['seconds'][name] * 1e3:.0f} ms ({times(case['ratios'][name])})" if known else "")
         rows.append([f"{NAMES.get(case['network'], case['network'])}, {case['batch']} images", *cells])
-    return markdown(rows)
+    on_gpu = result["settings"]["device"] == "cuda"
+    return "\n\n".join(filter(None, [markdown(rows), imagenet_table(result["summary"]) if on_gpu else ""]))
+
+
+def imagenet_table(summary: dict) -> str:
+    """Images × iterations a second, and the hours of a whole dataset at that rate; nothing where no network is for ImageNet."""
+    networks = {name: means for name, means in summary["steps_by_network"].items() if "imagenet_hours" in means}
+    contenders = [
+        name
+        for name in ("bnfuse", "hook", "autocast_hook", "compiled_hook")
+        if any(name in means["imagenet_hours"] for means in networks.values())
+    ]
+    run = "{classes:,} classes × {images_per_class} images × {iterations:,} iterations".format(**summary["imagenet_run"])
+    rows = [
+        [f"images × iterations a second (hours of {run})", *({"bnfuse": "bnfuse", **STEP_RIVALS}[name] for name in contenders)]
+    ]
+    for network, means in networks.items():
+        rates, hours = means["image_iterations_per_second"], means["imagenet_hours"]
+        cells = [f"{rates[name]:,.0f} ({hours[name]:.1f} h)" if name in hours else "" for name in contenders]
+        rows.append([NAMES.get(network, network), *cells])
+    return markdown(rows) if networks else ""
 
 
 def memory_table(result: dict) -> str:
@@ -140,6 +197,21 @@ def _aims(result: dict) -> bool:
     """Whether the targets are meant for what this was measured on."""
     wanted = {"device": "cpu", "dtype": "float32", "layout": "contiguous"}
     return result["settings"] == wanted and result["threads"] == 2
+
+
+def gpu_report(folder: Path) -> str:
+    """The tables of every result in the folder that was measured on a GPU, each site's among them."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    parts = []
+    for name, result in results.items():
+        settings = result.get("settings", {})
+        if settings.get("device") == "cuda":
+            where = f"{result['gpu']}, {settings['dtype']}, {settings['layout']}, torch {result['torch']}, {result['date']}"
+            tables = [terminal_tables(result), sites_table(result) if "operators" in result else ""]
+            parts += [f"## {name}", f"{where}; `{result['command']}`", *filter(None, tables)]
+    if not parts:
+        raise SystemExit(f"no results of a GPU in {folder}; run `make gpu` first")
+    return "\n\n".join(parts) + "\n"
 
 
 # ---- the README ----
@@ -237,7 +309,13 @@ def draw_roofline(result: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the README is not up to date")
+    parser.add_argument("--gpu", type=Path, metavar="DIR", help="print and leave there the tables of its results on a GPU")
     args = parser.parse_args()
+    if args.gpu:
+        report = gpu_report(args.gpu)
+        (args.gpu / "gpu.md").write_text(report)
+        print(f"{report}\nwrote {args.gpu / 'gpu.md'}")
+        return
     results = load_results(RESULTS)
     if not results:
         raise SystemExit(f"no results in {RESULTS}; run `make bench` first")

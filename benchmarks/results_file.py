@@ -41,6 +41,7 @@ def _circumstances(device: torch.device) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "bnfuse": __version__,
+        "backend": backends.resolve("auto", device.type),  # what is called bnfuse; other backends have their own names
     }
     if device.type == "cuda":
         result |= {"gpu": device_name(device), "cuda": torch.version.cuda, "allocator": "PyTorch's caching allocator"}

@@ -1,4 +1,4 @@
-"""The memory of one step: what autograd keeps for backward, and the peak, measured in a process of its own.
+"""The memory of one step: what autograd keeps for backward, and the peak, on the CPU measured in a process of its own.
 
     python benchmarks/step_memory.py NETWORK CONTENDER BATCH DEVICE THREADS DTYPE LAYOUT     # prints bytes
 

@@ -26,6 +26,13 @@ LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2
 GRADIENT_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 3e-1, torch.float16: 1e-1}
 
 
+def tolerances(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Of loss and image gradient. Convolutions in TF32, PyTorch's default on a GPU, have float16's mantissa."""
+    if dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        dtype = torch.float16
+    return LOSS_TOLERANCE[dtype], GRADIENT_TOLERANCE[dtype]
+
+
 def make_teacher(name: str, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format) -> nn.Module:
     """The network with random weights, and the running statistics that noise has in it; frozen."""
     torch.manual_seed(0)
@@ -91,6 +98,18 @@ class FusedLoss(PlainLoss):
         return F.cross_entropy(logits, self.labels) + self.matcher(moments)
 
 
+class AutocastLoss(nn.Module):
+    """Any of these under autocast: weights and images in float32, what the network computes in `dtype`."""
+
+    def __init__(self, loss: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.loss, self.dtype = loss, dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, self.dtype):
+            return self.loss(images)
+
+
 class _Nothing(nn.Module):
     """In the place of a BatchNorm and its activation; the residual is still added."""
 
@@ -136,26 +155,30 @@ def value_and_gradient(loss: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]
     return value.detach(), torch.autograd.grad(value, leaf)[0]
 
 
-def verify(model: nn.Module, losses: dict, images: Tensor, labels: Tensor) -> None:
+def verify(model: nn.Module, losses: dict, images: Tensor, labels: Tensor, autocast: torch.dtype | None = None) -> None:
     """Raises AssertionError where losses or image gradients disagree.
 
     On the first two images bnfuse, in float64 and as it is timed, against the eager hook in float64; on the whole batch
-    everything else with statistics against bnfuse. `losses`: (name, layout) → the loss, and the images in its layout.
+    everything else with statistics against bnfuse. `losses`: (name, layout) → the loss, and the images in its layout;
+    `autocast`: the dtype that all of them are under autocast to, None where they are not.
     """
     few, wide = images[:2], copy.deepcopy(model).double()
     expected = value_and_gradient(HookLoss(wide, labels[:2]), few.double())
     exact = value_and_gradient(FusedLoss(wide, labels[:2]), few.double())
-    timed = value_and_gradient(FusedLoss(model, labels[:2]), few)
-    for tolerances, (value, gradient) in (
-        ((WIDE_TOLERANCE, WIDE_TOLERANCE), exact),
-        ((LOSS_TOLERANCE[images.dtype], GRADIENT_TOLERANCE[images.dtype]), timed),
+    fused = FusedLoss(model, labels[:2])
+    timed = value_and_gradient(AutocastLoss(fused, autocast) if autocast else fused, few)
+    dtype = autocast or images.dtype
+    loss_tolerance, gradient_tolerance = tolerances(dtype, images.device)
+    for computed_in, limits, (value, gradient) in (
+        (torch.float64, (WIDE_TOLERANCE, WIDE_TOLERANCE), exact),
+        (dtype, (loss_tolerance, gradient_tolerance), timed),
     ):
-        assert_near(value, expected[0], tolerances[0], f"loss in {value.dtype}")
-        assert_near(gradient, expected[1], tolerances[1], f"image gradient in {value.dtype}")
+        assert_near(value, expected[0], limits[0], f"loss in {computed_in}")
+        assert_near(gradient, expected[1], limits[1], f"image gradient in {computed_in}")
     ours = value_and_gradient(*losses[OURS, ""])
     for name, layout in losses:
         if name in (OURS, "plain", "conv_only"):
             continue
         value, gradient = value_and_gradient(*losses[name, layout])
-        assert_near(ours[0], value, LOSS_TOLERANCE[images.dtype], f"loss against {name}")
-        assert_near(ours[1], gradient, GRADIENT_TOLERANCE[images.dtype], f"image gradient against {name}")
+        assert_near(ours[0], value, loss_tolerance, f"loss against {name}")
+        assert_near(ours[1], gradient, gradient_tolerance, f"image gradient against {name}")

@@ -8,6 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+# The run that a step's rate is turned into hours of, by networks that take ImageNet's images: the steps alone, one after the
+# other on one device, without augmentation and without writing anything.
+IMAGENET_RUN = {"classes": 1000, "images_per_class": 50, "iterations": 4000}
+IMAGENET_SIZE = 224
+
 
 def geometric_mean(values: Iterable[tuple[float, int]]) -> float | None:
     """Of (value, weight); None of nothing."""
@@ -55,11 +60,22 @@ def _operator_means(cases: list[dict], network: str | None = None) -> dict:
         "op_lowest_speedup_vs_eager": min((ratios["hook"] for ratios, _ in weighed), default=None),
         "op_lowest_speedup_vs_plain": min((ratios["plain"] for ratios, _ in weighed), default=None),
         "sites": sum(count for _, count in weighed),
+        "compiled_sites": sum(count for ratios, count in weighed if "compiled_hook" in ratios),
     }
 
 
 def summarize_steps(cases: list[dict]) -> dict:
-    return _step_means(cases) | {"steps_by_network": {case["network"]: _step_means([case]) for case in cases}}
+    by_network = {case["network"]: _step_means([case]) | _step_rates(case) for case in cases}
+    return _step_means(cases) | {"steps_by_network": by_network, "imagenet_run": IMAGENET_RUN}
+
+
+def _step_rates(case: dict) -> dict:
+    """Image-iterations a second of every contender, and the hours that they make of the ImageNet run."""
+    rates = {name: case["batch"] / seconds for name, seconds in case["seconds"].items()}
+    result = {"image_iterations_per_second": rates}
+    if case["image_size"] == IMAGENET_SIZE:
+        result["imagenet_hours"] = {name: math.prod(IMAGENET_RUN.values()) / rate / 3600 for name, rate in rates.items()}
+    return result
 
 
 def _step_means(cases: list[dict]) -> dict:
@@ -71,8 +87,9 @@ def _step_means(cases: list[dict]) -> dict:
         "step_time_over_plain": 1 / mean("plain"),
         "step_time_over_conv_only": 1 / mean("conv_only"),
     }
-    if all("compiled_hook" in case["ratios"] for case in cases):
-        summary["step_speedup_vs_compile"] = mean("compiled_hook")
+    for key, rival in {"step_speedup_vs_compile": "compiled_hook", "step_speedup_vs_eager_autocast": "autocast_hook"}.items():
+        if all(rival in case["ratios"] for case in cases):
+            summary[key] = mean(rival)
     return summary
 
 

@@ -39,6 +39,17 @@ class Limits:
     def rounds(self, seconds_a_round: float) -> int:
         return max(self.min_rounds, min(self.max_rounds, int(self.seconds / max(seconds_a_round, 1e-9))))
 
+    @property
+    def longest(self) -> float:
+        """Seconds of a case, its warm-up included, as long as a round takes no more than `seconds` over `min_rounds`."""
+        return self.seconds * (1 + 1 / self.min_rounds)
+
+
+# By device: of one operator in one direction, and of a step. `make gpu` has nine minutes in all, see tests/test_timing.py.
+OPERATOR_LIMITS = {"cpu": Limits(5, 15, 2.0), "cuda": Limits(5, 9, 0.2)}
+STEP_LIMITS = {"cpu": Limits(5, 9, 40.0), "cuda": Limits(5, 9, 10.0)}
+QUICK_STEP_LIMITS = Limits(3, 5, 10.0)
+
 
 class CudaInstant:
     """A moment on the GPU's clock; the difference of two is in seconds, and waits for the later one."""

@@ -1,6 +1,7 @@
 """The benchmark report: summaries, tables and marks from synthetic results; a README block that is put back in its place."""
 
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def operator(networks: dict, *ratios: float, direction: str = "both") -> dict:
     ratios = dict(zip(RIVALS, ratios))
     seconds = {"bnfuse": 0.001, **{name: 0.001 * ratio for name, ratio in ratios.items()}}
     return {
+        "site": "16x8x4x4-relu",
         "networks": networks,
         "direction": direction,
         "bytes": 10**7,
@@ -28,7 +30,8 @@ def operator(networks: dict, *ratios: float, direction: str = "both") -> dict:
 
 def step(network: str, **ratios: float) -> dict:
     seconds = {"bnfuse": 0.5, **{name: 0.5 * ratio for name, ratio in ratios.items()}}
-    return {"network": network, "batch": 16, "ratios": ratios, "seconds": seconds}
+    size = 32 if network == "resnet20" else 224
+    return {"network": network, "batch": 16, "image_size": size, "ratios": ratios, "seconds": seconds}
 
 
 CASES = {
@@ -90,6 +93,60 @@ def test_sites_that_were_not_compiled_for_do_not_count_there():
     means = summary.summarize_operators([*CASES["operators"], uncompiled])
     assert means["op_speedup_vs_compile"] == pytest.approx((9**3 * 1) ** 0.25)
     assert means["op_speedup_vs_eager"] == pytest.approx((8**8 * 128) ** (1 / 9))
+
+
+def test_a_mean_over_some_sites_says_of_how_many(results):
+    cases = [*CASES["operators"], operator({"resnet18": 2}, 8, 4, 1, 1, 2, 0.5)]
+    for name in ("compiled_hook", "compiled_var_mean"):
+        del cases[-1]["ratios"][name]
+    table = report.operators_table({"summary": summary.summarize_operators(cases), "operators": cases})
+    assert "| ResNet-18, 3 sites | 20.2× | 4.00× | 9.00× (1 of 3) | 1.00× (1 of 3) | 1.26× | 2.00× |" in table
+    assert "| ResNet-20, 3 sites | 8.00× | 4.00× | 9.00× | 16.0× | 2.00× | 2.00× |" in table
+
+
+def test_the_rate_of_a_step_in_hours_of_imagenet():
+    means = summary.summarize_steps(CASES["steps"])
+    assert means["imagenet_run"] == {"classes": 1000, "images_per_class": 50, "iterations": 4000}
+    networks = means["steps_by_network"]
+    assert networks["resnet18"]["image_iterations_per_second"]["bnfuse"] == pytest.approx(32)
+    assert networks["resnet18"]["imagenet_hours"]["bnfuse"] == pytest.approx(2e8 / 32 / 3600)
+    assert networks["resnet18"]["imagenet_hours"]["compiled_hook"] == pytest.approx(2e8 / 16 / 3600)
+    assert networks["resnet20"]["image_iterations_per_second"]["hook"] == pytest.approx(8)
+    assert "imagenet_hours" not in networks["resnet20"]  # its images are CIFAR's
+
+
+def test_tables_of_results_on_a_gpu(results, tmp_path, monkeypatch, capsys):
+    (tmp_path / "of_the_cpu.json").write_text(json.dumps(results["memory"]))
+    monkeypatch.setattr(sys, "argv", ["report.py", "--gpu", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no results of a GPU"):
+        report.main()
+    for suite in ("operators", "steps"):
+        results[suite]["settings"] |= {"device": "cuda", "dtype": "bfloat16"}
+        results[suite] |= {"gpu": "Example GPU", "backend": "cuda"}
+    for case in results["operators"]["operators"]:
+        case["ratios"]["triton"], case["seconds"]["triton"] = 1.25, 1.25e-3
+    for case in results["steps"]["steps"]:
+        case["ratios"] |= {"autocast_hook": 5.0, "triton": 1.25}
+        case["seconds"] |= {"autocast_hook": 2.5, "triton": 0.625}
+    results["steps"]["summary"] = summary.summarize_steps(results["steps"]["steps"])
+    for suite in ("operators", "steps"):
+        (tmp_path / f"{suite}_example.json").write_text(json.dumps(results[suite]))
+    report.main()
+    left = (tmp_path / "gpu.md").read_text()
+    assert capsys.readouterr().out.startswith(left)
+    assert "of_the_cpu" not in left and "Example GPU, bfloat16, contiguous" in left
+    for line in (
+        "| site | both, MB | `cuda`, µs | `triton`, µs | forward, MB | `cuda`, µs | `triton`, µs | backward, MB "
+        "| `cuda`, µs | `triton`, µs |",
+        "| 16x8x4x4-relu | 10 | 1000 (50%) | 1250 (40%) | 10 | 1000 (25%) | 1250 (20%) | 10 | 1000 (25%) | 1250 (20%) |",
+        "| step | bnfuse | eager hook | eager hook, autocast | compiled hook | no statistics | convolutions alone | `triton` |",
+        "| ResNet-18, 16 images | 500 ms | 500 ms (1.00×) | 2500 ms (5.00×) | 1000 ms (2.00×) | 400 ms (0.80×) "
+        "| 400 ms (0.80×) | 625 ms (1.25×) |",
+        "| images × iterations a second (hours of 1,000 classes × 50 images × 4,000 iterations) | bnfuse | eager hook "
+        "| eager hook, autocast | compiled hook |",
+        "| ResNet-18 | 32 (1736.1 h) | 32 (1736.1 h) | 6 (8680.6 h) | 16 (3472.2 h) |",
+    ):
+        assert line in left
 
 
 def test_the_readme_shows_the_numbers_and_what_was_missed(results):
