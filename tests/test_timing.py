@@ -1,5 +1,6 @@
-"""How the benchmarks take time: rounds, ratios, the alternation, and the GPU's clock with events that need no GPU."""
+"""How the benchmarks take time: rounds, ratios, the alternation, the GPU's clock with events that need no GPU, `make gpu`'s."""
 
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,3 +81,37 @@ def test_ratios_are_taken_round_by_round():
 def test_rounds_fill_the_time_within_bounds():
     limits = timing.Limits(5, 15, 3.0)
     assert [limits.rounds(seconds) for seconds in (10.0, 0.3, 0.001, 0.0)] == [5, 10, 15, 15]
+
+
+# ---- the time of `make gpu` ----
+
+# Of its nine minutes, what the benchmarks may take: the rest is for building the kernels and for the GPU tests.
+BENCHMARKS_SECONDS = 330
+# What is not timed, in seconds, on 16 cores. Assumed, for it cannot be known without a GPU; a run's log says what it is.
+START = 15  # of a run: imports, CUDA, Triton compiling its kernels
+VERIFY_SITE, VERIFY_NETWORK = 0.4, 6  # values, and every contender once; of a network for its step and for its memory
+COMPILE_SITE, COMPILE_NETWORK = 4, 60  # sites compile side by side; from the cache a site still takes a second or two
+
+
+def test_what_make_gpu_measures_fits_into_its_time():
+    from sites import all_sites
+
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    runs = re.findall(r"\$\(GPU_BENCH\) .*--networks ([\w ]+?) --compile-for(.*)", makefile)
+    assert len(runs) == 2
+    timed = untimed = 0.0
+    for networks, compiled in ((networks.split(), compiled.split()) for networks, compiled in runs):
+        sites = all_sites(networks, 256)
+        timed += 3 * len(sites) * timing.OPERATOR_LIMITS["cuda"].longest + len(networks) * timing.STEP_LIMITS["cuda"].longest
+        untimed += START + VERIFY_SITE * len(sites) + VERIFY_NETWORK * len(networks)
+        untimed += COMPILE_SITE * sum(not found.keys().isdisjoint(compiled) for found in sites.values())
+        untimed += COMPILE_NETWORK * len(compiled)
+    assert timed + untimed <= BENCHMARKS_SECONDS, f"{timed:.0f} s of timing, {untimed:.0f} s of everything else"
+
+
+def test_the_longest_case_is_the_limit_and_its_warm_up():
+    """A round at the edge of what the limit is for: one to warm up, and as many as the least allowed."""
+    limits = timing.Limits(5, 15, 2.0)
+    seconds_a_round = limits.seconds / limits.min_rounds
+    assert limits.longest == pytest.approx((1 + limits.rounds(seconds_a_round)) * seconds_a_round)
+    assert all((1 + limits.rounds(seconds)) * seconds <= limits.longest for seconds in (0.3, 0.1, 0.01))
