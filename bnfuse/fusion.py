@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,11 @@ class FusedModel(nn.Module):
             images = images.contiguous(memory_format=self.memory_format)
         logits = self.body(images)
         return logits, self._tape.finish()
+
+    def running_means(self, names: Iterable[str]) -> Tensor:
+        """The running means of these sites (``name#2`` is the layer `name`), side by side: [T]."""
+        sites = {m.site_name: m.running_mean for m in self.body.modules() if isinstance(m, _Site)}
+        return torch.cat([sites[name.split("#")[0]] for name in names])
 
     def describe(self) -> str:
         """One line a site: its name, and what was folded into it."""
@@ -148,11 +154,12 @@ def call_name(name: str, taken) -> str:
 
 
 class _Site(nn.Module):
-    """What fused and observed sites share: their name, the tape, the backend."""
+    """What fused and observed sites share: their name, the tape, the backend, the layer's running mean [C]."""
 
-    def __init__(self, name: str, tape: _Tape, backend: str):
+    def __init__(self, batchnorm: _BatchNorm, name: str, tape: _Tape, backend: str):
         super().__init__()
         self.site_name, self.tape, self.backend = name, tape, backend
+        self.register_buffer("running_mean", batchnorm.running_mean)
 
     def extra_repr(self) -> str:
         return "moments only"
@@ -162,7 +169,7 @@ class FusedBatchNorm(_Site):
     """``act(BatchNorm(x) (+ residual))`` with the BatchNorm's running statistics, as one operator."""
 
     def __init__(self, batchnorm: _BatchNorm, name: str, tape: _Tape, backend: str, act: Activation, has_residual: bool):
-        super().__init__(name, tape, backend)
+        super().__init__(batchnorm, name, tape, backend)
         self.act, self.has_residual = act, has_residual
         scale = (batchnorm.running_var.double() + batchnorm.eps).rsqrt()  # [C]
         if batchnorm.weight is not None:
@@ -205,7 +212,7 @@ class ObservedBatchNorm(_Site):
     """A BatchNorm subclass whose forward is its own: it runs unchanged, its input's moments are taken beside it."""
 
     def __init__(self, batchnorm: _BatchNorm, name: str, tape: _Tape, backend: str):
-        super().__init__(name, tape, backend)
+        super().__init__(batchnorm, name, tape, backend)
         self.batchnorm = batchnorm
 
     def forward(self, x: Tensor) -> Tensor:
@@ -255,7 +262,8 @@ class FrozenConvolution(nn.Module):
     """A convolution that keeps nothing of its input for backward, where torch's own keeps all of it.
 
     The input's values are needed for the gradient of the weight alone, and a frozen network asks for none. Where that does not
-    hold, under autocast and under a compiler (which decides for itself what to keep), the convolution runs as it is.
+    hold, and under a compiler (which decides for itself what to keep), the convolution runs as it is. Under autocast it rounds
+    its arguments as torch's own does.
     """
 
     def __init__(self, convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -272,13 +280,21 @@ class FrozenConvolution(nn.Module):
             or bias is not None
             and bias.requires_grad
             or x.dim() != weight.dim()
-            or torch.is_autocast_enabled(x.device.type)
         ):
             return conv(x)
+        if torch.is_autocast_enabled(x.device.type):
+            x, weight, bias = (_autocast(tensor) for tensor in (x, weight, bias))
         return torch.ops.bnfuse_cpp.frozen_convolution(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def extra_repr(self) -> str:
         return "keeps nothing of its input"
+
+
+def _autocast(tensor: Tensor | None) -> Tensor | None:
+    """In autocast's dtype, as convolutions take their arguments under it: float64 stays."""
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _freeze_convolutions(body: nn.Module, memory_format: torch.memory_format) -> None:

@@ -377,6 +377,19 @@ def test_a_frozen_convolution_follows_autocast():
     assert y.dtype == torch.bfloat16 and x.grad.dtype == torch.float32
 
 
+def test_a_frozen_convolution_under_autocast_is_torchs_and_keeps_its_weight_alone():
+    conv = nn.Conv2d(8, 8, 3).requires_grad_(False)
+    x = torch.randn(4, 8, 32, 32, requires_grad=True)
+    weight = torch.randn(4, 8, 30, 30, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert kept_bytes(lambda: FrozenConvolution(conv)(x)) == conv.weight.numel() * 2
+        assert kept_bytes(lambda: conv(x)) > x.numel() * 2
+        ours, torchs = FrozenConvolution(conv)(x), conv(x)
+        wide = FrozenConvolution(nn.Conv2d(8, 8, 3).double().requires_grad_(False))(x.double())
+    assert ours.equal(torchs) and wide.dtype == torch.float64
+    assert torch.autograd.grad(ours, x, weight)[0].equal(torch.autograd.grad(torchs, x, weight)[0])
+
+
 def test_a_fused_network_runs_on_the_meta_device():
     logits, moments = fuse(settle(Chains())).to("meta")(torch.empty(2, 3, 8, 8, device="meta"))
     assert logits.is_meta and all(mean.is_meta for mean, _ in moments.values())
