@@ -21,12 +21,16 @@ class View:
     ----------
     crop : (top, left, height, width) of the box that is resized to the full image, or None
     shift : (rows, columns) by which the images roll around
-    flip : bool [N], the images mirrored left to right, or None
+    flip : bool [N] on the CPU, the images mirrored left to right, or None
     """
 
     crop: tuple[int, int, int, int] | None
     shift: tuple[int, int]
     flip: Tensor | None
+
+    def __getitem__(self, rows: slice) -> View:
+        """The same view, for these rows of the batch."""
+        return View(self.crop, self.shift, None if self.flip is None else self.flip[rows])
 
     def __call__(self, images: Tensor) -> Tensor:
         """[N, C, H, W] → the view, the same shape; differentiable."""
@@ -39,7 +43,7 @@ class View:
                 align_corners=False,
             )
         if self.flip is not None:
-            images = torch.where(self.flip[:, None, None, None], images.flip(3), images)
+            images = torch.where(self.flip.to(images.device)[:, None, None, None], images.flip(3), images)
         return images.roll(self.shift, dims=(2, 3)) if any(self.shift) else images
 
 
@@ -62,15 +66,15 @@ class Augmentation:
         if self.jitter < 0 or not 0 < self.crop_scale <= 1:
             raise InputError(f"jitter must be ≥ 0 and crop_scale in (0, 1], got {self.jitter} and {self.crop_scale}")
 
-    def draw(self, images: Tensor, generator: torch.Generator) -> View:
-        """Draws a view of `images` [N, C, H, W] with a CPU generator."""
-        n, _, height, width = images.shape
+    def draw(self, images: Tensor, generator: torch.Generator, count: int | None = None) -> View:
+        """Draws a view of `images` [N, C, H, W], or of a batch of `count` that is like them, with a CPU generator."""
+        height, width = images.shape[2:]
         crop = self._draw_crop(height, width, generator) if self.crop_scale < 1 else None
         shift = (0, 0)
         if self.jitter:
             shift = tuple(torch.randint(-self.jitter, self.jitter + 1, (2,), generator=generator).tolist())
-        flip = torch.rand(n, generator=generator) < 0.5 if self.flip else None
-        return View(crop, shift, None if flip is None else flip.to(images.device))
+        flip = torch.rand(len(images) if count is None else count, generator=generator) < 0.5 if self.flip else None
+        return View(crop, shift, flip)
 
     def _draw_crop(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
         """A box of area in [crop_scale, 1] and aspect ratio in [3/4, 4/3] (Szegedy et al. 2015), cut to the image."""

@@ -191,6 +191,15 @@ def _add_synthesize(commands) -> None:
     parser.add_argument("--statistics", type=Path, metavar="FILE", help="what `bnfuse record` wrote")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the dataset")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="which kernels run (default auto)")
+    parser.add_argument(
+        "--micro-batch",
+        type=int,
+        metavar="N",
+        help="images that are in the network together, as many as memory allows (default all); the batch stays --batch-size",
+    )
+    parser.add_argument(
+        "--offload", action="store_true", help="keep the batch's images off the device, but a micro-batch of them"
+    )
     _add_device(parser)
     add_flags(parser, SynthesisConfig)
 
@@ -199,10 +208,20 @@ def _synthesize(args) -> None:
     config = from_flags(SynthesisConfig, args)
     teacher = _load_teacher(args)
     statistics = None if args.statistics is None else ClassStatistics.load(args.statistics)
-    result = synthesize(teacher, statistics, args.out, config, device=_device(args), backend=args.backend)
+    result = synthesize(
+        teacher,
+        statistics,
+        args.out,
+        config,
+        device=_device(args),
+        backend=args.backend,
+        micro_batch=args.micro_batch,
+        offload=args.offload,
+    )
     rate = f" in {result.seconds:.0f} s" if result.made else ", which were there already"
     print(f"{result.images} images, {result.made} made now{rate}: {result.out / 'images'}")
-    print(f"the teacher takes {recognised(teacher, statistics, result.out, config):.1%} of them for what was asked")
+    share = recognised(teacher, statistics, result.out, config, micro_batch=args.micro_batch)
+    print(f"the teacher takes {share:.1%} of them for what was asked")
     print(f"look at {result.out / 'contact_sheet.png'}; train on it with `bnfuse train --data {result.out}`")
 
 

@@ -127,10 +127,14 @@ class Matcher(nn.Module):
 
     def forward(self, moments: Moments, classes: Tensor | None = None) -> Tensor:
         """The loss, a scalar; arguments as in `site_distances`."""
+        return self.measure(moments, classes)[0]
+
+    def measure(self, moments: Moments, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The loss, and with it each group's distance at each site, [G, S], unweighted and without gradient."""
         mean, var = self._moments(moments)
         dtype = mean[0].dtype
         targets = self.target_mean.to(dtype), self.target_var.to(dtype), self.site_weights.to(dtype)
-        return ops.bn_loss(mean, var, *targets, classes=classes, backend=self.backend, **self.options)[0]
+        return ops.bn_loss(mean, var, *targets, classes=classes, backend=self.backend, **self.options)
 
     def _moments(self, moments: Moments) -> tuple[list[Tensor], list[Tensor]]:
         """The matched sites' means and variances, [G, C] each."""

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import priors
-from .fusion import FusedModel
+from .fusion import FusedModel, Moments
 from .matching import Matcher
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+class Losses(NamedTuple):
+    """What a batch amounts to.
+
+    Attributes
+    ----------
+    total : the weighted sum, to be differentiated
+    terms : unweighted scalars, and the total, by name
+    distances : [G, S], each group's distance at each site, unweighted and without gradient
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    distances: Tensor
 
 
 @dataclass(frozen=True)
@@ -17,7 +36,8 @@ class Objective:
     """``total = ce·CE(logits, labels) + bn·BN loss + tv·total variation + l2·‖pixels‖²`` (DeepInversion, arXiv 1912.08795,
     eqs. 1–4, with the class-wise targets of arXiv 2210.03205).
 
-    Terms whose weight is 0 are not computed, but for the BN loss, which costs nothing.
+    Terms whose weight is 0 are not computed, but for the BN loss, which costs nothing. `precision` is "float32", or "bfloat16"
+    for activations and their gradients inside the teacher (autocast); moments, losses and images are in float32 in both.
     """
 
     teacher: FusedModel
@@ -26,26 +46,36 @@ class Objective:
     bn_weight: float = 1.0
     tv_weight: float = 0.0
     l2_weight: float = 0.0
+    precision: str = "float32"
 
-    def __call__(
-        self, images: Tensor, view: Tensor, labels: Tensor, group_starts: Tensor, group_classes: Tensor
-    ) -> dict[str, Tensor]:
-        """The loss terms of one batch, unweighted scalars, and their weighted sum under "total".
+    def __call__(self, images: Tensor, view: Tensor, labels: Tensor, group_starts: Tensor, group_classes: Tensor) -> Losses:
+        """The losses of one batch.
 
         Parameters
         ----------
         images : [N, C, H, W], normalised; the priors look at these
         view : like images, what the teacher sees
-        labels : int64 [N], sorted by class
+        labels : int64 [N], sorted by class; or probabilities [N, K]
         group_starts, group_classes : of the labels, see `matching.group_by_class`
         """
-        logits, moments = self.teacher(view, group_starts)
-        terms = {"bn": self.matcher(moments, group_classes)}
+        return self.combine(*self.look(images, view, labels, group_starts), group_classes)
+
+    def look(self, images: Tensor, view: Tensor, labels: Tensor, group_starts: Tensor) -> tuple[dict[str, Tensor], Moments]:
+        """The forward pass: the terms that each image has of its own, as their means over the images, and the moments."""
+        with torch.autocast(view.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            logits, moments = self.teacher(view, group_starts)
+        means = {}
         if self.ce_weight:
-            terms["ce"] = F.cross_entropy(logits.float(), labels)
+            means["ce"] = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels)
         if self.tv_weight:
-            terms["tv"] = priors.total_variation(images)
+            means["tv"] = priors.total_variation(images)
         if self.l2_weight:
-            terms["l2"] = priors.l2(images)
-        terms["total"] = sum(getattr(self, f"{name}_weight") * value for name, value in terms.items())
-        return terms
+            means["l2"] = priors.l2(images)
+        return means, moments
+
+    def combine(self, means: dict[str, Tensor], moments: Moments, group_classes: Tensor) -> Losses:
+        """The losses of a batch whose means and moments these are."""
+        bn, distances = self.matcher.measure(moments, group_classes)
+        terms = {"bn": bn, **means}
+        total = sum(getattr(self, f"{name}_weight") * value for name, value in terms.items())
+        return Losses(total, terms | {"total": total}, distances)

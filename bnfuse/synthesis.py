@@ -6,31 +6,32 @@ that a run that was stopped goes on with the next unit and ends with the same im
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from . import backends
 from .augment import Augmentation
 from .datasets import load_dataset
-from .errors import BnfuseError, InputError
+from .errors import InputError
 from .fusion import fuse
-from .matching import Matcher, group_by_class
+from .matching import Matcher
 from .models import Teacher
-from .objective import Objective
+from .objective import PRECISIONS, Objective
+from .optimisation import optimise
 from .pictures import ContactSheet
 from .reference import DISTANCES
+from .seeds import derive_seed
 from .statistics import ClassStatistics
 from .store import ImageRecord, Store
+from .virtual import check_micro_batch
 
 TARGETS = ("class", "global", "running")
 
@@ -62,6 +63,8 @@ class SynthesisConfig:
     flip : random left-right flips
     crop_scale : least share of the area in random resized crops; 1 for none
     noise_scale : standard deviation of the starting noise, normalised
+    precision : of activations and their gradients in the teacher: float32, or bfloat16 (autocast), which is faster on hardware
+        that has it; moments, losses and images are float32 in both
     soft_labels : also store the teacher's logits of each image
     seed : seed of everything random
 
@@ -90,6 +93,7 @@ class SynthesisConfig:
     flip: bool = False
     crop_scale: float = 1.0
     noise_scale: float = 1.0
+    precision: str = "float32"
     soft_labels: bool = False
     seed: int = 0
 
@@ -109,7 +113,7 @@ class SynthesisConfig:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
                 raise InputError(f"{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")
-        for name, allowed in (("targets", TARGETS), ("distance", DISTANCES)):
+        for name, allowed in (("targets", TARGETS), ("distance", DISTANCES), ("precision", PRECISIONS)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.classes_per_batch > self.batch_size:
@@ -148,12 +152,6 @@ def plan(config: SynthesisConfig, classes: Sequence[int]) -> list[Unit]:
     return units
 
 
-def derive_seed(*parts: int | str) -> int:
-    """A seed in [0, 2⁶³) that depends on every part, and on nothing else."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
 @dataclass(frozen=True)
 class SynthesisResult:
     """What a run did: the store's folder, images in all, images made now, seconds of it, and the last loss terms."""
@@ -173,6 +171,8 @@ def synthesize(
     *,
     device: str | torch.device | None = None,
     backend: str = "auto",
+    micro_batch: int | None = None,
+    offload: bool = False,
     progress: bool = True,
 ) -> SynthesisResult:
     """Makes a synthetic dataset from noise and stores it, one unit after the other.
@@ -186,11 +186,16 @@ def synthesize(
     out : folder of the dataset, see `store`; its contact_sheet.png is refreshed while the images form
     device : default CUDA where there is one
     backend : see `bnfuse.backends`
+    micro_batch : images that are in the network together, as many as memory allows; None, the whole batch. It changes rounding
+        alone: losses and gradients are those of ``config.batch_size`` images, see `virtual`
+    offload : images and the optimiser's state stay in the CPU's memory, and a micro-batch of them is on the device, so that the
+        device's memory does not depend on the batch size at all
 
     Raises
     ------
     InputError : config, statistics and teacher do not fit, or `out` holds another dataset
     """
+    check_micro_batch(micro_batch)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = _Source.of(teacher, statistics, config)
     matcher = source.matcher(config)
@@ -201,6 +206,7 @@ def synthesize(
         config.bn_weight,
         config.tv_weight,
         config.l2_weight,
+        config.precision,
     )
     units = plan(config, range(len(source.names)))
     card = source.card(config, backends.resolve(backend, device.type))
@@ -215,11 +221,20 @@ def synthesize(
             seeds = [derive_seed(config.seed, row, index) for row, index in zip(rows, unit.indices)]
             labels = torch.tensor(rows, device=device)
             images, losses = optimise(
-                objective, labels, source.outputs(labels), seeds, unit.number, teacher, config, partial(display.show, unit)
+                objective,
+                labels,
+                source.outputs(labels),
+                seeds,
+                unit.number,
+                teacher,
+                config,
+                partial(display.show, unit),
+                micro_batch=micro_batch,
+                offload=offload,
             )
             pixels = _to_pixels(images, teacher)
             records = [ImageRecord(k, i, seed, losses) for k, i, seed in zip(unit.classes, unit.indices, seeds)]
-            soft = _soft_labels(objective, pixels, teacher, source, device) if config.soft_labels else None
+            soft = _soft_labels(objective, pixels, teacher, source, device, micro_batch) if config.soft_labels else None
             store.commit(unit.number, pixels, records, soft)
             made += len(pixels)
         store.finish()
@@ -247,106 +262,25 @@ class _Display:
 
 
 @torch.no_grad()
-def recognised(teacher: Teacher, statistics: ClassStatistics | None, out: str | Path, config: SynthesisConfig) -> float:
+def recognised(
+    teacher: Teacher,
+    statistics: ClassStatistics | None,
+    out: str | Path,
+    config: SynthesisConfig,
+    *,
+    micro_batch: int | None = None,
+) -> float:
     """The fraction of a finished dataset's images, as stored, that the teacher takes for what was asked of them."""
     source = _Source.of(teacher, statistics, config)
     data = load_dataset(str(out))
     device = next(teacher.model.parameters()).device
     wanted = source.outputs(torch.tensor(source.rows))[data.labels]  # int64 [N]
     right = 0
-    for part in torch.arange(len(data)).split(config.batch_size):
+    for part in torch.arange(len(data)).split(micro_batch or config.batch_size):
         images, _ = data.batch(part)
         logits = teacher.model(teacher.preprocessing.normalize(images.to(device)))
         right += int((logits.argmax(1).cpu() == wanted[part]).sum())
     return right / len(data)
-
-
-def optimise(
-    objective: Objective,
-    labels: Tensor,
-    outputs: Tensor,
-    seeds: Sequence[int],
-    unit: int,
-    teacher: Teacher,
-    config: SynthesisConfig,
-    show: Callable[[int, Tensor, dict[str, float]], None],
-) -> tuple[Tensor, dict[str, float]]:
-    """From noise to one batch of images: the whole method.
-
-    Parameters
-    ----------
-    labels : int64 [N], each image's row of the targets, in runs of one class; outputs : int64 [N], the logit to raise
-    seeds : N of them, one an image; `unit` seeds the views
-    show : called now and then with the step, the images so far and the loss terms
-
-    Returns
-    -------
-    images : [N, C, H, W] float32, normalised; losses : the terms at the last step
-    """
-    group_starts, group_classes = group_by_class(labels)
-    generator = torch.Generator().manual_seed(derive_seed(config.seed, "views", unit))
-    low, high = _valid_range(teacher, labels.device)
-    images, step, terms = None, 0, {}
-    for size, iterations in _stages(teacher.preprocessing.image_size, config):
-        images = _start(seeds, teacher, size, config).to(labels.device) if images is None else _resize(images, size)
-        images = images.clamp(low, high).contiguous(memory_format=torch.channels_last).requires_grad_()
-        scale = size[0] / teacher.preprocessing.image_size[0]
-        augmentation = Augmentation(round(config.jitter * scale), config.flip, config.crop_scale)
-        adam = torch.optim.Adam([images], lr=config.lr, betas=config.betas)
-        for i in range(iterations):
-            adam.param_groups[0]["lr"] = config.lr * _schedule(i, iterations, config.warmup)
-            view = augmentation.draw(images, generator)(images)
-            terms = objective(images, view, outputs, group_starts, group_classes)
-            (images.grad,) = torch.autograd.grad(terms["total"], images)
-            adam.step()
-            with torch.no_grad():
-                images.clamp_(low, high)
-            step += 1
-            if step % 10 == 0 or i == iterations - 1:
-                show(step, images, _finite(terms, unit, step))
-        images = images.detach()
-    return images, _finite(terms, unit, step)
-
-
-def _stages(size: tuple[int, int], config: SynthesisConfig) -> Iterator[tuple[tuple[int, int], int]]:
-    """(height, width) and iterations of each stage: half the size first, if asked for, then the full size."""
-    if config.low_resolution_iterations:
-        yield (max(1, size[0] // 2), max(1, size[1] // 2)), config.low_resolution_iterations
-    yield size, config.iterations
-
-
-def _start(seeds: Sequence[int], teacher: Teacher, size: tuple[int, int], config: SynthesisConfig) -> Tensor:
-    """Each image's own noise: [N, C, *size], normalised units."""
-    shape = (teacher.preprocessing.channels, *size)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return config.noise_scale * torch.stack(noise)
-
-
-def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(images, size, mode="bilinear", align_corners=False)
-
-
-def _schedule(i: int, iterations: int, warmup: int) -> float:
-    """Linear warm-up, then half a cosine down to 0."""
-    if i < warmup:
-        return (i + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (i - warmup) / max(1, iterations - warmup)))
-
-
-def _valid_range(teacher: Teacher, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The normalised values of black and white: [C, 1, 1] each."""
-    black = torch.zeros(teacher.preprocessing.channels, 1, 1, device=device)
-    return teacher.preprocessing.normalize(black), teacher.preprocessing.normalize(black + 1)
-
-
-def _finite(terms: dict[str, Tensor], unit: int, step: int) -> dict[str, float]:
-    values = {name: value.item() for name, value in terms.items()}
-    if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-        raise BnfuseError(
-            f"unit {unit}, step {step}: the loss is not finite ({', '.join(f'{n} = {values[n]}' for n in bad)}); "
-            "lower lr or bn_weight, or choose a distance that does not divide by the variance"
-        )
-    return values
 
 
 def _to_pixels(images: Tensor, teacher: Teacher) -> Tensor:
@@ -356,10 +290,15 @@ def _to_pixels(images: Tensor, teacher: Teacher) -> Tensor:
 
 
 @torch.no_grad()
-def _soft_labels(objective: Objective, pixels: Tensor, teacher: Teacher, source: _Source, device: torch.device) -> Tensor:
+def _soft_labels(
+    objective: Objective, pixels: Tensor, teacher: Teacher, source: _Source, device: torch.device, micro_batch: int | None
+) -> Tensor:
     """The teacher's logits of the stored images for the classes of the dataset: [N, K]."""
-    logits, _ = objective.teacher(teacher.preprocessing.normalize(pixels.to(device).float() / 255))
-    return logits[:, source.outputs(torch.tensor(source.rows, device=device))]
+    outputs = source.outputs(torch.tensor(source.rows, device=device))
+    normalised = (
+        teacher.preprocessing.normalize(part.to(device).float() / 255) for part in pixels.split(micro_batch or len(pixels))
+    )
+    return torch.cat([objective.teacher(images)[0][:, outputs] for images in normalised])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,301 @@
+"""One unit of work: from noise to one batch of images. The method itself, in one loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.adam import adam
+
+from .augment import Augmentation, View
+from .distributed import ALONE, Team
+from .errors import BnfuseError, InputError
+from .matching import group_by_class
+from .models import Teacher
+from .objective import Losses, Objective
+from .seeds import derive_seed
+from .virtual import MicroBatch, Seen, VirtualBatch
+
+if TYPE_CHECKING:
+    from .synthesis import SynthesisConfig
+
+SHOW_EVERY = 10  # steps between two looks at the losses, each of which waits for the device
+
+
+class NonFiniteLoss(BnfuseError):
+    """A loss became infinite or NaN.
+
+    Attributes
+    ----------
+    unit, step : where, and after how many steps of it
+    where : the site (BatchNorm layer) or loss term that was the first not to be finite
+    """
+
+    def __init__(self, message: str, unit: int, step: int, where: str):
+        super().__init__(message)
+        self.unit, self.step, self.where = unit, step, where
+
+
+class Checkpoint(Protocol):
+    """Keeps what a unit needs to go on from.
+
+    On a team of ranks `due` is asked every `SHOW_EVERY` steps, and what one rank wants all do.
+    """
+
+    def due(self, step: int) -> bool:
+        """Whether to save now; asked after every step but the last."""
+
+    def save(self, step: int, state: dict[str, Tensor]) -> None:
+        """`state` is on the CPU, contiguous, of the whole batch; an exception from here ends the unit."""
+
+
+def optimise(
+    objective: Objective,
+    labels: Tensor,
+    outputs: Tensor,
+    seeds: Sequence[int],
+    unit: int,
+    teacher: Teacher,
+    config: SynthesisConfig,
+    show: Callable[[int, Tensor, dict[str, float]], None],
+    *,
+    micro_batch: int | None = None,
+    offload: bool = False,
+    team: Team = ALONE,
+    state: dict[str, Tensor] | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """From noise to one batch of images: the whole method.
+
+    Parameters
+    ----------
+    labels : int64 [N], each image's row of the targets, in runs of one class
+    outputs : int64 [N], the logit to raise, or probabilities [N, K]
+    seeds : N of them, one an image; `unit` seeds the views
+    show : called now and then with the step, this rank's images so far, and the loss terms
+    micro_batch : images that are in the network together; None, all. The loss is that of the whole batch, whatever this is
+    offload : images and Adam's state stay in the CPU's memory, and on the device is one micro-batch of them at a time
+    team : the ranks that share the batch; each is given all of it here
+    state : what a checkpoint was given. With the same micro_batch and team the unit ends with the same bits as without a break
+    checkpoint : None, nothing is kept
+
+    Returns
+    -------
+    images : [N, C, H, W] float32, normalised; losses : the terms at the last step
+
+    Raises
+    ------
+    InputError : a micro_batch that is not positive, a state of another unit
+    NonFiniteLoss : on all ranks of the team alike
+    """
+    group_starts, group_classes = group_by_class(labels)
+    batch = VirtualBatch(group_starts, micro_batch, team, objective.teacher.running_means)
+    seeds, outputs = seeds[batch.rows], outputs[batch.rows]
+    device, home = labels.device, torch.device("cpu") if offload else labels.device
+    low, high = _valid_range(teacher, device)
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, "views", unit))
+    watch, images, step, terms = _Watch(unit, objective.matcher.names), None, 0, {}
+    if state is not None:
+        images, step = _restore(state, batch, home, generator, config)
+
+    def losses_and_gradients(view: View) -> tuple[Losses, Iterable[tuple[slice, Tensor]]]:
+        """The loss of the whole batch; then, one micro-batch after the other, its rows and their gradient."""
+
+        def look(part: MicroBatch) -> Seen:
+            leaf = images.on(device, part.rows).requires_grad_()
+            return Seen(leaf, *objective.look(leaf, view[part.rows](leaf), outputs[part.rows], part.group_starts))
+
+        if batch.is_plain:
+            leaf = images.on(device).requires_grad_()
+            losses = objective(leaf, view(leaf), outputs, group_starts, group_classes)
+            return losses, [(slice(None), torch.autograd.grad(losses.total, leaf)[0])]
+        return batch.gradients(look, lambda means, moments: objective.combine(means, moments, group_classes))
+
+    for size, begin, end in _stages(teacher.preprocessing.image_size, config):
+        if step >= end:  # the state is of a later stage
+            continue
+        if step == begin:
+            pixels = _start(seeds, teacher, size, config) if images is None else _resize(images.values, size)
+            images = Images(pixels.to(home).clamp(low.to(home), high.to(home)))
+        scale = size[0] / teacher.preprocessing.image_size[0]
+        augmentation = Augmentation(round(config.jitter * scale), config.flip, config.crop_scale)
+        while step < end:
+            lr = config.lr * _schedule(step - begin, end - begin, config.warmup)
+            losses, gradients = losses_and_gradients(augmentation.draw(images.values, generator, batch.count)[batch.rows])
+            for rows, gradient in gradients:
+                images.adam(rows, gradient, step - begin, lr, config.betas, (low, high))
+            step += 1
+            watch.add(step, losses)
+            if step % SHOW_EVERY == 0 or step == end:
+                terms = watch.check()
+                show(step, images.values, terms)
+            if step < config.total_iterations and _wanted(checkpoint, step, team, device):
+                watch.check()
+                checkpoint.save(step, _state(images, step, batch, generator))
+    return team.gather_rows(images.values[: batch.owned], batch.count), terms
+
+
+class Images:
+    """Images being optimised, and Adam's state of each: they do not interact, so that any of them may take their step alone.
+
+    Attributes
+    ----------
+    values, exp_avg, exp_avg_sq : [N, C, H, W] float32, channels_last
+    """
+
+    def __init__(self, values: Tensor, exp_avg: Tensor | None = None, exp_avg_sq: Tensor | None = None):
+        self.values = values.contiguous(memory_format=torch.channels_last)
+        self.exp_avg = torch.zeros_like(self.values) if exp_avg is None else exp_avg
+        self.exp_avg_sq = torch.zeros_like(self.values) if exp_avg_sq is None else exp_avg_sq
+
+    def on(self, device: torch.device, rows: slice = slice(None)) -> Tensor:
+        """Some images on the device: the images themselves where they are there, else a copy."""
+        return self.values[rows].to(device)
+
+    @torch.no_grad()
+    def adam(
+        self,
+        rows: slice,
+        gradient: Tensor,
+        steps: int,
+        lr: float,
+        betas: tuple[float, float],
+        valid_range: tuple[Tensor, Tensor],
+    ) -> None:
+        """One step of Adam (`torch.optim.Adam`'s own) on some images, on the gradient's device, after `steps` others."""
+        held = [tensor[rows] for tensor in (self.values, self.exp_avg, self.exp_avg_sq)]
+        values, exp_avg, exp_avg_sq = here = [tensor.to(gradient.device) for tensor in held]
+        adam(
+            [values],
+            [gradient],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            [torch.tensor(float(steps))],
+            amsgrad=False,
+            beta1=betas[0],
+            beta2=betas[1],
+            lr=lr,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
+        values.clamp_(*valid_range)
+        for ours, theirs in zip(held, here):
+            if ours is not theirs:  # they live on another device
+                ours.copy_(theirs)
+
+
+# ---- the start, and what changes from step to step ----
+
+
+def _stages(size: tuple[int, int], config: SynthesisConfig) -> Iterator[tuple[tuple[int, int], int, int]]:
+    """(height, width) of each stage, the steps before it and with it: half the size first, if asked for, then the full size."""
+    if config.low_resolution_iterations:
+        yield (max(1, size[0] // 2), max(1, size[1] // 2)), 0, config.low_resolution_iterations
+    yield size, config.low_resolution_iterations, config.total_iterations
+
+
+def _start(seeds: Sequence[int], teacher: Teacher, size: tuple[int, int], config: SynthesisConfig) -> Tensor:
+    """Each image's own noise: [N, C, *size], normalised units."""
+    shape = (teacher.preprocessing.channels, *size)
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return config.noise_scale * torch.stack(noise)
+
+
+def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(images, size, mode="bilinear", align_corners=False)
+
+
+def _schedule(i: int, iterations: int, warmup: int) -> float:
+    """Linear warm-up, then half a cosine down to 0."""
+    if i < warmup:
+        return (i + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (i - warmup) / max(1, iterations - warmup)))
+
+
+def _valid_range(teacher: Teacher, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The normalised values of black and white: [C, 1, 1] each."""
+    black = torch.zeros(teacher.preprocessing.channels, 1, 1, device=device)
+    return teacher.preprocessing.normalize(black), teacher.preprocessing.normalize(black + 1)
+
+
+# ---- going on from where it stopped ----
+
+_TENSORS = ("values", "exp_avg", "exp_avg_sq")
+
+
+def _wanted(checkpoint: Checkpoint | None, step: int, team: Team, device: torch.device) -> bool:
+    """Whether to save; the same on every rank of the team, whose clocks and signals differ."""
+    if checkpoint is None or team.size > 1 and step % SHOW_EVERY:
+        return False
+    due = checkpoint.due(step)
+    return due if team.size == 1 else bool(team.sum_(torch.tensor([float(due)], device=device)))
+
+
+def _state(images: Images, step: int, batch: VirtualBatch, generator: torch.Generator) -> dict[str, Tensor]:
+    """What `_restore` goes on from, of the whole batch: copies, contiguous, on the CPU."""
+    state = {"step": torch.tensor(step), "generator": generator.get_state()}
+    for name in _TENSORS:
+        whole = batch.team.gather_rows(getattr(images, name)[: batch.owned], batch.count)
+        state[name] = whole.clone(memory_format=torch.contiguous_format).cpu()
+    return state
+
+
+def _restore(
+    state: dict[str, Tensor], batch: VirtualBatch, home: torch.device, generator: torch.Generator, config: SynthesisConfig
+) -> tuple[Images, int]:
+    """This rank's images and the step they are at; sets the generator."""
+    if missing := {*_TENSORS, "step", "generator"} - set(state):
+        raise InputError(f"the state of a unit lacks {', '.join(sorted(missing))}; begin the unit again")
+    step, count = int(state["step"]), len(state["values"])
+    if count != batch.count or not 0 < step < config.total_iterations:
+        raise InputError(
+            f"the state is of {count} images after {step} steps, the unit has {batch.count} images and "
+            f"{config.total_iterations} steps: it is another's; begin the unit again"
+        )
+    generator.set_state(state["generator"])
+    # Laid out as `Images` does it: strides that mean the same (of one channel) may choose another convolution, and other bits.
+    own = [state[name][batch.rows].to(home, copy=True).contiguous(memory_format=torch.channels_last) for name in _TENSORS]
+    return Images(*own), step
+
+
+# ---- losses that are not finite ----
+
+
+class _Watch:
+    """Remembers the losses of the last steps, so that looking at them now and then is enough to say where it began."""
+
+    def __init__(self, unit: int, sites: Sequence[str]):
+        self.unit, self.sites = unit, sites
+        self.seen: list[tuple[int, dict[str, Tensor], Tensor]] = []  # step, terms, distances [G, S]
+
+    def add(self, step: int, losses: Losses) -> None:
+        self.seen.append((step, {name: value.detach() for name, value in losses.terms.items()}, losses.distances))
+
+    def check(self) -> dict[str, float]:
+        """The terms of the last step; NonFiniteLoss if any step's total, since the last check, was not finite."""
+        totals = torch.stack([terms["total"] for _, terms, _ in self.seen]).tolist()
+        broken = [seen for total, seen in zip(totals, self.seen) if not math.isfinite(total)]
+        if broken:
+            raise self._error(*broken[0])
+        del self.seen[:-1]
+        return {name: value.item() for name, value in self.seen[0][1].items()}
+
+    def _error(self, step: int, terms: dict[str, Tensor], distances: Tensor) -> NonFiniteLoss:
+        values = {name: value.item() for name, value in terms.items()}
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        sites = (~distances.isfinite()).any(0).nonzero().flatten().tolist()
+        where = self.sites[sites[0]] if sites else bad[0]
+        began = f"it began at BatchNorm layer {where!r}, whose statistics or distance are not; " if sites else ""
+        return NonFiniteLoss(
+            f"unit {self.unit}, step {step}: the loss is not finite ({', '.join(f'{n} = {values[n]}' for n in bad)}); {began}"
+            "lower lr or bn_weight, or choose a distance that does not divide by the variance",
+            self.unit,
+            step,
+            where,
+        )

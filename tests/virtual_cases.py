@@ -1,0 +1,171 @@
+"""Batches, losses and units that the tests of virtual batches share, in one process and on many ranks."""
+
+import torch
+import torch.nn.functional as F
+from networks import Chains, settle
+
+from bnfuse import Matcher, SynthesisConfig, fuse, group_by_class
+from bnfuse.distributed import ALONE
+from bnfuse.models import Teacher, batchnorm_layers, freeze
+from bnfuse.networks import CifarResNet
+from bnfuse.objective import Objective
+from bnfuse.optimisation import optimise
+from bnfuse.preprocessing import Preprocessing
+from bnfuse.reference import DISTANCES
+from bnfuse.virtual import Seen, VirtualBatch
+
+CLASSES = 5
+STARTS = [0, 3, 3, 8, 11]  # 11 images in four groups, one of them empty
+
+
+# ---- gradients ----
+
+
+def network(dtype: torch.dtype = torch.float64):
+    torch.manual_seed(0)
+    return fuse(settle(Chains()).to(dtype))
+
+
+def batch(count: int = 11, dtype: torch.dtype = torch.float64):
+    """Images, soft targets [N, K], group_starts of the first `count` images of a batch."""
+    generator = torch.Generator().manual_seed(1)
+    images = 1.5 * torch.randn(11, 3, 6, 6, dtype=torch.float64, generator=generator) + 0.5
+    targets = torch.softmax(torch.randn(11, CLASSES, dtype=torch.float64, generator=generator), 1)
+    starts = torch.tensor(STARTS).clamp(max=count)
+    return images[:count].to(dtype), targets[:count].to(dtype), starts
+
+
+def matcher(distance: str = "l2", **options) -> Matcher:
+    """A table of two classes near what the batch's statistics are."""
+    layers = batchnorm_layers(settle(Chains()))
+    channels = [layer.num_features for layer in layers.values()]
+    generator = torch.Generator().manual_seed(2)
+    mean = 0.3 * torch.randn(2, sum(channels), generator=generator)
+    var = 0.5 + torch.rand(2, sum(channels), generator=generator)
+    return Matcher(list(layers), channels, mean, var, distance=distance, **options)
+
+
+GROUP_CLASSES = torch.tensor([1, 0, 0, 1])
+
+
+def _matched(distance: str, **options):
+    match = matcher(distance, **options)
+    return lambda means, moments: (0.5 * means["ce"] + match(moments, GROUP_CLASSES),)
+
+
+def _moving_average(straight_through: bool):
+    """Fast-Datafree's: (1 − m)·batch + m·average; G-VBSM's: the average's value, the batch's gradient at full weight."""
+    match, m = matcher("l2"), 0.9
+
+    def loss(means, moments):
+        averaged = {}
+        for name, pair in moments.items():
+            mixed = [(1 - m) * value + m * torch.full_like(value, 0.2) for value in pair]
+            if straight_through:
+                mixed = [value + (mix - value).detach() for value, mix in zip(pair, mixed)]
+            averaged[name] = tuple(mixed)
+        return (means["ce"] + match(averaged, GROUP_CLASSES),)
+
+    return loss
+
+
+def _mixture(means, moments):
+    """A product of terms, of one site alone, and no term of its own: nothing about the loss may be assumed."""
+    mean, var = moments["bn1"]
+    return ((mean * var).square().sum() * (1 + means["ce"]).log(),)
+
+
+LOSSES = {distance: _matched(distance, slack=0.1 if distance == "hinge" else 0.0) for distance in DISTANCES} | {
+    "l2 of std": _matched("l2", use_std=True),
+    "moving average, gradient scaled": _moving_average(False),
+    "moving average, straight through": _moving_average(True),
+    "mixture": _mixture,
+}
+
+
+def big_batch(fused, loss, images, targets, starts):
+    """Loss and gradient of all images at once, by plain autograd."""
+    leaf = images.clone().requires_grad_()
+    logits, moments = fused(leaf, starts)
+    total = loss({"ce": F.cross_entropy(logits, targets)}, moments)[0]
+    return total.detach(), torch.autograd.grad(total, leaf)[0]
+
+
+def virtual_batch(fused, loss, images, targets, starts, micro_batch=None, team=ALONE):
+    """The same by `VirtualBatch`, and how often a micro-batch was looked at."""
+    virtual, looks = VirtualBatch(starts, micro_batch, team, fused.running_means), 0
+    images, targets = images[virtual.rows], targets[virtual.rows]
+    gradient = torch.full_like(images, float("nan"))
+
+    def look(part):
+        nonlocal looks
+        looks += 1
+        leaf = images[part.rows].clone().requires_grad_()
+        logits, moments = fused(leaf, part.group_starts)
+        return Seen(leaf, {"ce": F.cross_entropy(logits, targets[part.rows])}, moments)
+
+    losses, gradients = virtual.gradients(look, loss)
+    for rows, part in gradients:
+        gradient[rows] = part
+    return losses[0].detach(), team.gather_rows(gradient[: virtual.owned], virtual.count), looks
+
+
+def worst(actual, expected) -> float:
+    """The largest error, against the largest element expected."""
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+# ---- units ----
+
+CONFIG = SynthesisConfig(
+    batch_size=7,
+    low_resolution_iterations=6,
+    iterations=14,
+    warmup=2,
+    jitter=2,
+    flip=True,
+    crop_scale=0.5,
+    tv_weight=0.1,
+    l2_weight=0.1,
+    first_site_weight=10.0,
+)
+LABELS = torch.tensor([1, 1, 1, 0, 0, 0, 0])
+SEEDS = list(range(100, 107))
+
+
+def teacher(channels: int = 1) -> Teacher:
+    torch.manual_seed(0)
+    model = CifarResNet(8, 10, channels, width=8)
+    with torch.no_grad():
+        for _ in range(30):
+            model(torch.randn(32, channels, 8, 8))
+    return Teacher(freeze(model), "custom", 10, Preprocessing((8, 8), [0.3] * channels, [0.35] * channels))
+
+
+def objective(teacher: Teacher, **options) -> Objective:
+    """Two classes' targets, each a little off the running statistics."""
+    running = Matcher.from_running(teacher.model)
+    off = torch.tensor([[0.9], [1.2]])
+    match = Matcher(running.names, running.channels, running.target_mean + off - 1, running.target_var * off)
+    return Objective(fuse(teacher.model), match, **options)
+
+
+class Keep:
+    """A checkpoint that keeps the states of the steps it is told to."""
+
+    def __init__(self, *steps: int):
+        self.steps, self.states = steps, {}
+
+    def due(self, step: int) -> bool:
+        return step in self.steps
+
+    def save(self, step: int, state: dict) -> None:
+        self.states[step] = state
+
+
+def make_unit(objective, teacher, config=CONFIG, show=lambda *_: None, outputs=LABELS, **options):
+    return optimise(objective, LABELS, outputs, SEEDS, 5, teacher, config, show, **options)
+
+
+def groups():
+    return group_by_class(LABELS)
