@@ -257,13 +257,27 @@ def load_results(folder: Path) -> dict[str, dict]:
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
 
 
-def with_block(readme: str, block: str) -> str:
-    """The README with the block between its markers."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{README.name} has no {BEGIN} … {END}; add the two markers, each on a line of its own")
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+def with_block(page: str, block: str, begin: str = BEGIN, end: str = END) -> str:
+    """The page with the block between its markers."""
+    before, found_begin, rest = page.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise SystemExit(f"the page has no {begin} … {end}; add the two markers, each on a line of its own")
+    return f"{before}{begin}\n{block}\n{end}{after}"
+
+
+def circumstances(result: dict, name: str) -> str:
+    """Machine, versions and command of a result that a page in docs/ shows."""
+    threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
+    return (
+        f"{result['processor']}, {threads}, torch {result['torch']}, {result['date']}; `{result['command']}` "
+        f"([result](../benchmarks/results/{name}.json))."
+    )
+
+
+def write_block(page: Path, name: str, block: str) -> None:
+    """Puts the block between <!-- name --> and <!-- /name --> of a page in docs/."""
+    page.write_text(with_block(page.read_text(), block, f"<!-- {name} -->", f"<!-- /{name} -->"))
 
 
 # ---- the picture ----

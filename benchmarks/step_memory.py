@@ -47,18 +47,30 @@ def kept_bytes(loss: nn.Module, images: Tensor) -> int:
 def peak_bytes(step, device: torch.device) -> int:
     """Of the second call of `step`, over what was there before it."""
     step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    peak = Peak(device)
     step()
-    return _status("VmHWM") - before
+    return peak.bytes()
+
+
+class Peak:
+    """The most memory since this was made, over what was there then."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            self.before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            self.before = _status("VmRSS")
+
+    def bytes(self) -> int:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() - self.before
+        return _status("VmHWM") - self.before
 
 
 def _status(field: str) -> int:

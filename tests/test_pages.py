@@ -1,0 +1,97 @@
+"""The pages in docs/ that benchmarks fill in: what they say is what their commands print, and the model adds up."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import report  # noqa: E402
+import scaling  # noqa: E402
+import scaling_model  # noqa: E402
+import virtual_batches  # noqa: E402
+
+WHERE = {"processor": "a processor", "threads": 1, "cores": 2, "torch": "2", "date": "today", "command": "a command"}
+CASES = {
+    virtual_batches: {
+        "memory": [
+            {"batch": 64, "micro_batch": 64, "working_bytes": 5e7, "state_bytes": 2e6},
+            {"batch": 65536, "micro_batch": 64, "working_bytes": 5.1e7, "state_bytes": 2.4e9},
+            {"batch": 64, "micro_batch": None, "working_bytes": 4.9e7, "state_bytes": 2e6},
+        ],
+        "time": {
+            "batch": 256,
+            "micro_batch": 64,
+            "pairs": 9,
+            "seconds": {"plain": 0.4, "virtual": 0.5},
+            "virtual_over_plain": 1.25,
+            "forward_over_plain": 0.3,
+        },
+    },
+    scaling: {
+        "synchronised": [
+            dict(ranks=r, batch=256, micro_batch=32, seconds=4 / r, share_in_all_reduce=0.1, all_reduce_bytes=110080)
+            | {"all_reduce_alone_seconds": 0.001}
+            for r in (1, 2)
+        ],
+        "independent": [dict(ranks=r, units=8, batch=64, iterations=40, seconds=30 / r) for r in (1, 2)],
+    },
+}
+EXPECTED = {
+    virtual_batches: (
+        "| 65,536 | 51 MB |  | 2,400 MB |",
+        "| 64 | 50 MB | 49 MB | 2 MB |",
+        "1.25× (median of 9 pairs), where a whole forward pass more would be 1.30×.",
+    ),
+    scaling: ("| 2 ranks | 2.000 | 2.00× | 10.0% | 1.00 ms |", "an all-reduce of 110 kB", "| 2 ranks | 15.0 | 2.00× |"),
+}
+
+
+@pytest.fixture(params=CASES, ids=lambda module: module.NAME)
+def module(request, monkeypatch, tmp_path):
+    """A benchmark whose page is a copy."""
+    pytest.importorskip("matplotlib")
+    page = tmp_path / "page.md"
+    page.write_text(request.param.PAGE.read_text())
+    monkeypatch.setattr(request.param, "PAGE", page)
+    if hasattr(request.param, "PICTURE"):
+        monkeypatch.setattr(request.param, "PICTURE", tmp_path / "picture.png")
+    return request.param
+
+
+def test_results_become_tables(module, tmp_path):
+    module.write_report(CASES[module] | WHERE)
+    written = module.PAGE.read_text()
+    assert all(text in written for text in EXPECTED[module])
+    assert not hasattr(module, "PICTURE") or module.PICTURE.read_bytes().startswith(b"\x89PNG")
+
+
+def test_pages_show_the_results_that_are_kept(module):
+    result = report.RESULTS / f"{module.NAME}.json"
+    if not result.is_file():
+        pytest.skip("no full run has been kept")
+    before = module.PAGE.read_text()
+    module.write_report(json.loads(result.read_text()))
+    assert module.PAGE.read_text() == before, f"run `{module.COMMAND} --report`"
+
+
+def test_the_model_is_what_its_command_prints():
+    given = scaling_model.Assumptions()
+    page = scaling_model.PAGE.read_text()
+    block = scaling_model.tables(given)
+    assert page == report.with_block(page, block, "<!-- model -->", "<!-- /model -->"), (
+        "run `python benchmarks/scaling_model.py --report`"
+    )
+    assert scaling_model.reduced_bytes(1000, 26560) == 424_960_016
+
+
+def test_the_model_s_all_reduce():
+    """On one node a ring; over many the cheaper of ring and tree, on the eighth that each GPU sends; no bytes, latency alone."""
+    given = scaling_model.Assumptions(efficiency=1.0, launch=0.0, nvlink_latency=0.0, network_latency=1e-6)
+    seconds = lambda size, gpus: scaling_model.all_reduce_seconds(size, gpus, given)
+    assert seconds(450e9, 8) == pytest.approx(2 * 7 / 8)
+    assert seconds(0, 64) == pytest.approx(2 * 3 * 1e-6)  # the tree's three levels, up and down
+    assert seconds(400e9, 16) == pytest.approx(2 * 7 / 8 * 400 / 450 + 1 + 2e-6)  # the ring of two: 50 GB, half of it each way
+    assert seconds(0, 8) == 0
