@@ -88,7 +88,7 @@ def test_the_model_is_what_its_command_prints():
 
 
 def test_the_model_s_all_reduce():
-    """On one node a ring; over many the cheaper of ring and tree, on the eighth that each GPU sends; no bytes, latency alone."""
+    """On one node a ring; over many the cheaper of ring and tree, on the eighth that each GPU sends; or latency alone."""
     given = scaling_model.Assumptions(efficiency=1.0, launch=0.0, nvlink_latency=0.0, network_latency=1e-6)
     seconds = lambda size, gpus: scaling_model.all_reduce_seconds(size, gpus, given)
     assert seconds(450e9, 8) == pytest.approx(2 * 7 / 8)
