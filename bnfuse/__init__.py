@@ -13,6 +13,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 
 from .datasets import load_dataset
 from .errors import BackendError, BnfuseError, InputError
+from .exporting import export
 from .fusion import fuse
 from .matching import Matcher, group_by_class
 from .models import Teacher, freeze, load_teacher
@@ -32,6 +33,7 @@ __all__ = [
     "Teacher",
     "TrainConfig",
     "evaluate",
+    "export",
     "freeze",
     "fuse",
     "group_by_class",

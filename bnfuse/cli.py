@@ -19,6 +19,7 @@ from .datasets import load_dataset
 from .demo import run_demo
 from .doctor import report
 from .errors import BnfuseError, InputError
+from .exporting import FORMATS, export
 from .models import SPEC_GRAMMAR, Teacher, load_teacher
 from .preprocessing import Preprocessing
 from .statistics import MINIMUM_IMAGES, ClassStatistics, record
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"bnfuse {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_train, _add_record, _add_synthesize, _add_demo, _add_doctor):
+    for add in (_add_train, _add_record, _add_synthesize, _add_export, _add_demo, _add_doctor):
         add(commands)
     return parser
 
@@ -204,6 +205,28 @@ def _synthesize(args) -> None:
     print(f"{result.images} images, {result.made} made now{rate}: {result.out / 'images'}")
     print(f"the teacher takes {recognised(teacher, statistics, result.out, config):.1%} of them for what was asked")
     print(f"look at {result.out / 'contact_sheet.png'}; train on it with `bnfuse train --data {result.out}`")
+
+
+# ---- bnfuse export ----
+
+
+def _add_export(commands) -> None:
+    parser = _command(
+        commands,
+        "export",
+        _export,
+        "Write a finished dataset as WebDataset tar shards, as Hugging Face parquet, or as a plain image folder.",
+    )
+    parser.add_argument("dataset", type=Path, metavar="DIR", help="the dataset")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
+    parser.add_argument("--images-per-shard", type=int, default=2000, metavar="N", help="images a file (default 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the images in the shards (default 0)")
+
+
+def _export(args) -> None:
+    done = export(args.dataset, args.out, args.format, images_per_shard=args.images_per_shard, seed=args.seed, progress=True)
+    print(f"{done.images} images in {done.files} files, {done.bytes / 1e6:.1f} MB, read back and right: {done.out}")
 
 
 # ---- bnfuse demo, bnfuse doctor ----
