@@ -31,6 +31,7 @@ from .pictures import ContactSheet
 from .reference import DISTANCES
 from .statistics import ClassStatistics
 from .store import ImageRecord, Store
+from .targets import Targets
 
 TARGETS = ("class", "global", "running")
 
@@ -193,16 +194,16 @@ def synthesize(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = _Source.of(teacher, statistics, config)
-    matcher = source.matcher(config)
+    units = plan(config, range(len(source.names)))
+    targets = source.targets(config, max(len(set(unit.classes)) for unit in units), device)
     objective = Objective(
         fuse(teacher.model.to(device), backend=backend),
-        matcher.to(device),
+        targets.matcher,
         config.ce_weight,
         config.bn_weight,
         config.tv_weight,
         config.l2_weight,
     )
-    units = plan(config, range(len(source.names)))
     card = source.card(config, backends.resolve(backend, device.type))
     counts = [config.images_per_class] * len(source.names)
     started, made, losses = time.monotonic(), 0, {}
@@ -213,9 +214,9 @@ def synthesize(
                 continue
             rows = [source.rows[k] for k in unit.classes]
             seeds = [derive_seed(config.seed, row, index) for row, index in zip(rows, unit.indices)]
-            labels = torch.tensor(rows, device=device)
+            labels, outputs = torch.tensor(targets.rows(rows), device=device), source.outputs(torch.tensor(rows, device=device))
             images, losses = optimise(
-                objective, labels, source.outputs(labels), seeds, unit.number, teacher, config, partial(display.show, unit)
+                objective, labels, outputs, seeds, unit.number, teacher, config, partial(display.show, unit)
             )
             pixels = _to_pixels(images, teacher)
             records = [ImageRecord(k, i, seed, losses) for k, i, seed in zip(unit.classes, unit.indices, seeds)]
@@ -366,7 +367,7 @@ def _soft_labels(objective: Objective, pixels: Tensor, teacher: Teacher, source:
 class _Source:
     """What the images are made of: teacher, statistics, and the classes chosen from them.
 
-    `names[k]` is class k of the new dataset; `rows[k]` its row in the target table, the class's number in the original.
+    `names[k]` is class k of the new dataset; `rows[k]` its number among the classes of the statistics.
     """
 
     teacher: Teacher
@@ -396,19 +397,23 @@ class _Source:
             raise InputError(f"classes must be different numbers from 0 to {len(names) - 1}, got {rows}")
         return cls(teacher, statistics, [names[row] for row in rows], rows)
 
-    def matcher(self, config: SynthesisConfig) -> Matcher:
-        if config.targets == "running":
-            matcher = Matcher.from_running(self.teacher.model, sites=self._sites_that_ran(), distance=config.distance)
+    def targets(self, config: SynthesisConfig, at_once: int, device: torch.device) -> Targets:
+        """On the device; `at_once` is the most classes that a unit has."""
+        if config.targets == "class":
+            targets = Targets.class_wise(self.statistics, self.rows, at_once=at_once, device=device, distance=config.distance)
+        elif config.targets == "global":
+            targets = Targets.pooled(Matcher.from_statistics(self.statistics, per_class=False, distance=config.distance))
         else:
-            matcher = Matcher.from_statistics(self.statistics, per_class=config.targets == "class", distance=config.distance)
-        matcher.site_weights[0] *= config.first_site_weight
-        return matcher
+            sites = self._sites_that_ran()
+            targets = Targets.pooled(Matcher.from_running(self.teacher.model, sites=sites, distance=config.distance))
+        targets.matcher.to(device).site_weights[0] *= config.first_site_weight
+        return targets
 
     def _sites_that_ran(self) -> list[str] | None:
         return [name for name in self.statistics.sites if "#" not in name] if self.statistics else None
 
     def outputs(self, rows: Tensor) -> Tensor:
-        """The teacher's output for each row of the targets."""
+        """The teacher's output for each of the original classes."""
         if self.statistics is None or self.statistics.outputs is None:
             return rows
         return torch.tensor(self.statistics.outputs, device=rows.device)[rows]
