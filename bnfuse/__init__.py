@@ -15,9 +15,11 @@ from .datasets import load_dataset
 from .errors import BackendError, BnfuseError, InputError
 from .exporting import export
 from .fusion import fuse
+from .labels import Labels
 from .matching import Matcher, group_by_class
 from .models import Teacher, freeze, load_teacher
 from .preprocessing import Preprocessing
+from .relabelling import RelabelConfig, relabel
 from .statistics import ClassStatistics, record
 from .synthesis import SynthesisConfig, synthesize
 from .training import TrainConfig, evaluate, train
@@ -27,8 +29,10 @@ __all__ = [
     "BnfuseError",
     "ClassStatistics",
     "InputError",
+    "Labels",
     "Matcher",
     "Preprocessing",
+    "RelabelConfig",
     "SynthesisConfig",
     "Teacher",
     "TrainConfig",
@@ -40,6 +44,7 @@ __all__ = [
     "load_dataset",
     "load_teacher",
     "record",
+    "relabel",
     "synthesize",
     "train",
 ]
