@@ -32,6 +32,7 @@ from .reference import DISTANCES
 from .statistics import ClassStatistics
 from .store import ImageRecord, Store
 from .targets import Targets
+from .writing import BackgroundWriter
 
 TARGETS = ("class", "global", "running")
 
@@ -207,7 +208,7 @@ def synthesize(
     card = source.card(config, backends.resolve(backend, device.type))
     counts = [config.images_per_class] * len(source.names)
     started, made, losses = time.monotonic(), 0, {}
-    with Store.open(out, card=card, class_names=source.names, counts=counts) as store:
+    with Store.open(out, card=card, class_names=source.names, counts=counts) as store, BackgroundWriter(store) as writer:
         display = _Display(store, len(units), config, teacher, progress)
         for unit in units:
             if unit.number in store.done:
@@ -221,8 +222,10 @@ def synthesize(
             pixels = _to_pixels(images, teacher)
             records = [ImageRecord(k, i, seed, losses) for k, i, seed in zip(unit.classes, unit.indices, seeds)]
             soft = _soft_labels(objective, pixels, teacher, source, device) if config.soft_labels else None
-            store.commit(unit.number, pixels, records, soft)
+            writer.commit(unit.number, pixels, records, soft)
+            display.units_done += 1
             made += len(pixels)
+        writer.drain()
         store.finish()
         display.close()
     return SynthesisResult(Path(out), sum(counts), made, time.monotonic() - started, losses)
@@ -232,14 +235,16 @@ class _Display:
     """The progress bar of a run, and its contact sheet."""
 
     def __init__(self, store: Store, units: int, config: SynthesisConfig, teacher: Teacher, progress: bool):
-        self.store, self.units, self.steps, self.teacher = store, units, config.total_iterations, teacher
+        self.units, self.steps, self.teacher = units, config.total_iterations, teacher
         self.sheet = ContactSheet(store.root, store.class_names)
-        done = len(store.done) * self.steps
-        self.bar = tqdm(total=units * self.steps, initial=done, desc="synthesising", unit="it", disable=not progress)
+        self.units_done = len(store.done)  # or being written
+        self.bar = tqdm(
+            total=units * self.steps, initial=self.units_done * self.steps, desc="synthesising", unit="it", disable=not progress
+        )
 
     def show(self, unit: Unit, step: int, images: Tensor, terms: dict[str, float]) -> None:
         self.bar.set_postfix({"unit": f"{unit.number + 1}/{self.units}"} | {k: f"{v:.3g}" for k, v in terms.items()})
-        self.bar.update(len(self.store.done) * self.steps + step - self.bar.n)
+        self.bar.update(self.units_done * self.steps + step - self.bar.n)
         self.sheet.refresh(unit, lambda: _to_pixels(images, self.teacher))
 
     def close(self) -> None:
