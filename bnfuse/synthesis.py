@@ -35,6 +35,7 @@ from .targets import Targets
 from .writing import BackgroundWriter
 
 TARGETS = ("class", "global", "running")
+CLASS_PLANS = ("grouped", "balanced")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,10 @@ class SynthesisConfig:
     images_per_class : images of each class
     classes : class numbers to synthesise (default all)
     batch_size : images optimised together
-    classes_per_batch : classes that share a batch, each matched to its own statistics
+    class_plan : which classes share a batch: classes_per_batch of them, until their images are dealt (grouped), or of every
+        class as many as of any other, to one image, in batches of even size (balanced), as SRe2L has one image of each of 100
+        classes
+    classes_per_batch : classes of a grouped batch, each matched to its own statistics
     iterations : steps at full size
     low_resolution_iterations : steps at half the size before, from which the full size starts
     lr : Adam's learning rate at its peak, in units of the normalised image
@@ -75,6 +79,7 @@ class SynthesisConfig:
     images_per_class: int = 10
     classes: tuple[int, ...] | None = None
     batch_size: int = 100
+    class_plan: str = "grouped"
     classes_per_batch: int = 1
     iterations: int = 1000
     low_resolution_iterations: int = 0
@@ -111,9 +116,13 @@ class SynthesisConfig:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
                 raise InputError(f"{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")
-        for name, allowed in (("targets", TARGETS), ("distance", DISTANCES)):
+        for name, allowed in (("targets", TARGETS), ("distance", DISTANCES), ("class_plan", CLASS_PLANS)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.class_plan == "balanced" and self.classes_per_batch != 1:
+            raise InputError(
+                f"a balanced batch has every class; classes_per_batch={self.classes_per_batch} is for grouped ones"
+            )
         if self.classes_per_batch > self.batch_size:
             raise InputError(f"{self.classes_per_batch} classes do not fit a batch of {self.batch_size} images")
         Augmentation(self.jitter, self.flip, self.crop_scale)  # checks its own
@@ -139,15 +148,33 @@ class Unit:
 
 
 def plan(config: SynthesisConfig, classes: Sequence[int]) -> list[Unit]:
-    """Deals images_per_class images of each class to batches of at most batch_size, classes_per_batch classes in each."""
+    """Deals images_per_class images of each class to batches of at most batch_size, as `class_plan` says.
+
+    Every image is in one unit; in a unit each class is one run, in the order of `classes`.
+    """
+    batches = _balanced(config, classes) if config.class_plan == "balanced" else _grouped(config, classes)
+    return [Unit(number, *zip(*batch)) for number, batch in enumerate(batches)]
+
+
+def _grouped(config: SynthesisConfig, classes: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+    """(class, index) of each image of a batch: classes_per_batch classes, the batch shared out evenly."""
     share = config.batch_size // config.classes_per_batch
-    units: list[Unit] = []
     for first in range(0, len(classes), config.classes_per_batch):
         together = classes[first : first + config.classes_per_batch]
         for start in range(0, config.images_per_class, share):
             indices = range(start, min(start + share, config.images_per_class))
-            units.append(Unit(len(units), tuple(k for k in together for _ in indices), tuple(indices) * len(together)))
-    return units
+            yield [(k, index) for k in together for index in indices]
+
+
+def _balanced(config: SynthesisConfig, classes: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+    """(class, index) of each image of a batch. One image of each class, then the next of each: a batch is a stretch of that
+    sequence, so that in it no class has two images more than another. Batches differ by at most one image."""
+    total = config.images_per_class * len(classes)
+    batches = math.ceil(total / config.batch_size)
+    ends = [total * (i + 1) // batches for i in range(batches)]
+    for start, end in zip([0, *ends], ends):
+        dealt = [divmod(i, len(classes)) for i in range(start, end)]  # (index, place of the class)
+        yield [(classes[place], index) for place, index in sorted((place, index) for index, place in dealt)]
 
 
 def derive_seed(*parts: int | str) -> int:
