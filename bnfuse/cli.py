@@ -215,6 +215,9 @@ def _add_synthesize(commands) -> None:
     parser.add_argument("--statistics", type=Path, metavar="FILE", help="what `bnfuse record` wrote")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the dataset")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="which kernels run (default auto)")
+    parser.add_argument(
+        "--tensorboard", type=Path, metavar="FOLDER", help="write losses, learning rate and pace for TensorBoard"
+    )
     _add_device(parser)
     add_flags(parser, SynthesisConfig)
 
@@ -223,7 +226,9 @@ def _synthesize(args) -> None:
     config = from_flags(SynthesisConfig, args)
     teacher = _load_teacher(args)
     statistics = None if args.statistics is None else ClassStatistics.load(args.statistics)
-    result = synthesize(teacher, statistics, args.out, config, device=_device(args), backend=args.backend)
+    result = synthesize(
+        teacher, statistics, args.out, config, device=_device(args), backend=args.backend, tensorboard=args.tensorboard
+    )
     rate = f" in {result.seconds:.0f} s" if result.made else ", which were there already"
     print(f"{result.images} images, {result.made} made now{rate}: {result.out / 'images'}")
     print(f"the teacher takes {recognised(teacher, statistics, result.out, config):.1%} of them for what was asked")

@@ -8,25 +8,27 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import InputError
 
-_PNG_OVERHEAD = 57 + 12  # signature, IHDR, IEND; and the frame of one IDAT chunk, of which PIL makes one for each 64 KiB
-_IDAT_BYTES = 65536
+_PNG_OVERHEAD = 8 + 25 + 12  # signature, IHDR, IEND
+_IDAT_BYTES = 65536  # of a data chunk, as PIL writes them, each with a frame of 12
+_BLOCK = 4096  # of most file systems
 
 
 def png_bytes_bound(channels: int, height: int, width: int) -> int:
-    """What a PNG of 8 bits takes at most: nothing of it could be compressed, a byte a row names its filter."""
+    """What a PNG of 8 bits takes at most: nothing of it could be compressed, and a byte a row names its filter."""
     raw = height * (1 + width * channels)
-    stored = raw + 5 * math.ceil(raw / 16383) + 6  # zlib's blocks and its frame
-    return stored + _PNG_OVERHEAD + 12 * math.ceil(stored / _IDAT_BYTES)
+    stored = raw + raw // 128 + 16  # what zlib and zlib-ng add to what they cannot compress is less
+    return _PNG_OVERHEAD + stored + 12 * math.ceil(stored / _IDAT_BYTES)
 
 
-def soft_label_bytes(images: int, num_classes: int, images_a_unit: int) -> int:
-    """Logits of a store, float16, and about 100 bytes of header for each unit."""
-    return 2 * images * num_classes + 100 * math.ceil(images / images_a_unit)
+def soft_label_bytes(images: int, num_classes: int, units: int) -> int:
+    """Logits of a store, float16, and of each unit's file the header, of at most 96 bytes."""
+    return 2 * images * num_classes + 96 * units
 
 
 def label_bytes(views: int, num_classes: int, config) -> int:
@@ -37,17 +39,17 @@ def label_bytes(views: int, num_classes: int, config) -> int:
     return views * (2 * num_classes + drawn)
 
 
-def run_seconds(steps: list[tuple[int, float]], seconds_a_step: float, at_area: float, teams: int = 1) -> float:
-    """How long steps take that were not all timed.
+def seconds_left(steps: Iterable[tuple[int, float]], seconds_a_step: float, pixels_a_step: float, teams: int = 1) -> float:
+    """How long steps take, of which one was timed.
 
     Parameters
     ----------
-    steps : (number of steps, area of the image) of each stage that is left, over all units; a step's time is taken to grow with
-        the area
-    seconds_a_step : as measured at the area `at_area`
+    steps : (how many steps, pixels in each: images × area) for every stage of every unit that is left; a step's time is taken
+        to grow with its pixels
+    seconds_a_step, pixels_a_step : of the step that was timed
     teams : groups of ranks that work on units of their own at the same time
     """
-    return sum(count * seconds_a_step * area / at_area for count, area in steps) / teams
+    return sum(count * pixels for count, pixels in steps) * seconds_a_step / pixels_a_step / teams
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,13 @@ class Disk:
     free: int
 
     @property
+    def fits(self) -> bool:
+        return self.needed <= self.free
+
+    @property
     def needed(self) -> int:
-        return round(self.images * self.image_bytes) + self.label_bytes
+        """Bytes of the disk: a file takes whole blocks."""
+        return self.images * math.ceil(self.image_bytes / _BLOCK) * _BLOCK + self.label_bytes
 
     def describe(self) -> str:
         about = "at most" if self.is_bound else "about"

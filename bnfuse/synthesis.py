@@ -23,12 +23,14 @@ from . import backends
 from .augment import Augmentation
 from .datasets import load_dataset
 from .errors import BnfuseError, InputError
+from .forecast import Forecast
 from .fusion import fuse
 from .matching import Matcher, group_by_class
 from .models import Teacher
 from .objective import Objective
 from .pictures import ContactSheet
 from .reference import DISTANCES
+from .scalars import Scalars
 from .statistics import ClassStatistics
 from .store import ImageRecord, Store
 from .targets import Targets
@@ -203,6 +205,7 @@ def synthesize(
     device: str | torch.device | None = None,
     backend: str = "auto",
     progress: bool = True,
+    tensorboard: str | Path | None = None,
 ) -> SynthesisResult:
     """Makes a synthetic dataset from noise and stores it, one unit after the other.
 
@@ -215,10 +218,11 @@ def synthesize(
     out : folder of the dataset, see `store`; its contact_sheet.png is refreshed while the images form
     device : default CUDA where there is one
     backend : see `bnfuse.backends`
+    tensorboard : folder for the course of the losses, see `scalars`
 
     Raises
     ------
-    InputError : config, statistics and teacher do not fit, or `out` holds another dataset
+    InputError : config, statistics and teacher do not fit, `out` holds another dataset, or the disk is too small for it
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = _Source.of(teacher, statistics, config)
@@ -236,7 +240,7 @@ def synthesize(
     counts = [config.images_per_class] * len(source.names)
     started, made, losses = time.monotonic(), 0, {}
     with Store.open(out, card=card, class_names=source.names, counts=counts) as store, BackgroundWriter(store) as writer:
-        display = _Display(store, len(units), config, teacher, progress)
+        display = _Display(store, units, config, teacher, progress, tensorboard)
         for unit in units:
             if unit.number in store.done:
                 continue
@@ -250,7 +254,7 @@ def synthesize(
             records = [ImageRecord(k, i, seed, losses) for k, i, seed in zip(unit.classes, unit.indices, seeds)]
             soft = _soft_labels(objective, pixels, teacher, source, device) if config.soft_labels else None
             writer.commit(unit.number, pixels, records, soft)
-            display.units_done += 1
+            display.committed(unit, pixels)
             made += len(pixels)
         writer.drain()
         store.finish()
@@ -259,24 +263,51 @@ def synthesize(
 
 
 class _Display:
-    """The progress bar of a run, and its contact sheet."""
+    """What a run shows: the progress bar, the contact sheet, what it will take, and TensorBoard's scalars where asked for."""
 
-    def __init__(self, store: Store, units: int, config: SynthesisConfig, teacher: Teacher, progress: bool):
-        self.units, self.steps, self.teacher = units, config.total_iterations, teacher
+    def __init__(
+        self,
+        store: Store,
+        units: list[Unit],
+        config: SynthesisConfig,
+        teacher: Teacher,
+        progress: bool,
+        tensorboard: str | Path | None,
+    ):
+        self.units, self.steps, self.teacher = len(units), config.total_iterations, teacher
         self.sheet = ContactSheet(store.root, store.class_names)
+        self.scalars = tensorboard and Scalars(tensorboard, self.steps, partial(_learning_rate, config))
         self.units_done = len(store.done)  # or being written
-        self.bar = tqdm(
-            total=units * self.steps, initial=self.units_done * self.steps, desc="synthesising", unit="it", disable=not progress
+        done, total = self.units_done * self.steps, self.units * self.steps
+        self.bar = tqdm(total=total, initial=done, desc="synthesising", unit="it", disable=not progress)
+        self.forecast = Forecast(
+            store.root,
+            units,
+            store.done,
+            list(_stages(teacher.preprocessing.image_size, config)),
+            (teacher.preprocessing.channels, *teacher.preprocessing.image_size),
+            logits=len(store.class_names) if config.soft_labels else 0,
+            say=self.bar.write if progress else lambda line: None,
         )
+        self.forecast.begin()
 
     def show(self, unit: Unit, step: int, images: Tensor, terms: dict[str, float]) -> None:
         self.bar.set_postfix({"unit": f"{unit.number + 1}/{self.units}"} | {k: f"{v:.3g}" for k, v in terms.items()})
         self.bar.update(self.units_done * self.steps + step - self.bar.n)
         self.sheet.refresh(unit, lambda: _to_pixels(images, self.teacher))
+        self.forecast.show(unit, step, images)
+        if self.scalars:
+            self.scalars.show(unit, step, images, terms)
+
+    def committed(self, unit: Unit, pixels: Tensor) -> None:
+        self.units_done += 1
+        self.forecast.committed(unit, pixels)
 
     def close(self) -> None:
         self.bar.close()
         self.sheet.final()
+        if self.scalars:
+            self.scalars.close()
 
 
 @torch.no_grad()
@@ -364,6 +395,13 @@ def _schedule(i: int, iterations: int, warmup: int) -> float:
     if i < warmup:
         return (i + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * (i - warmup) / max(1, iterations - warmup)))
+
+
+def _learning_rate(config: SynthesisConfig, step: int) -> float:
+    """Of a unit's `step`, from 1, as `optimise` has it: each stage has a schedule of its own."""
+    low = config.low_resolution_iterations
+    i, iterations = (step - 1, low) if step <= low else (step - 1 - low, config.iterations)
+    return config.lr * _schedule(i, iterations, config.warmup)
 
 
 def _valid_range(teacher: Teacher, device: torch.device) -> tuple[Tensor, Tensor]:
