@@ -293,7 +293,7 @@ def _add_export(commands) -> None:
 
 def _export(args) -> None:
     done = export(args.dataset, args.out, args.format, images_per_shard=args.images_per_shard, seed=args.seed, progress=True)
-    print(f"{done.images} images in {done.files} files, {done.bytes / 1e6:.1f} MB, read back and right: {done.out}")
+    print(f"{done.images} images in {done.files} files, {readable_bytes(done.bytes)}, read back and right: {done.out}")
 
 
 # ---- bnfuse demo, bnfuse doctor ----
