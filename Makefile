@@ -55,7 +55,8 @@ $(VENV)/.dependencies: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(PIP) install -c constraints.txt setuptools wheel numpy pillow safetensors tqdm scikit-learn \
-		torchvision timm triton pytest hypothesis expecttest pytest-timeout pytest-benchmark matplotlib
+		torchvision timm triton pytest hypothesis expecttest pytest-timeout pytest-benchmark matplotlib \
+		datasets webdataset tensorboard
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)

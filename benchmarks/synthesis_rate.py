@@ -21,7 +21,9 @@ from bnfuse.demo import SYNTHESIS, THREADS
 from bnfuse.models import Teacher, freeze
 from bnfuse.networks import CifarResNet
 from bnfuse.objective import Objective
-from bnfuse.synthesis import derive_seed, optimise, plan
+from bnfuse.optimisation import optimise
+from bnfuse.seeds import derive_seed
+from bnfuse.synthesis import plan
 from bnfuse.training import measure_preprocessing
 
 

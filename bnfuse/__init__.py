@@ -13,10 +13,13 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 
 from .datasets import load_dataset
 from .errors import BackendError, BnfuseError, InputError
+from .exporting import export
 from .fusion import fuse
+from .labels import Labels
 from .matching import Matcher, group_by_class
 from .models import Teacher, freeze, load_teacher
 from .preprocessing import Preprocessing
+from .relabelling import RelabelConfig, relabel
 from .statistics import ClassStatistics, record
 from .synthesis import SynthesisConfig, synthesize
 from .training import TrainConfig, evaluate, train
@@ -26,18 +29,22 @@ __all__ = [
     "BnfuseError",
     "ClassStatistics",
     "InputError",
+    "Labels",
     "Matcher",
     "Preprocessing",
+    "RelabelConfig",
     "SynthesisConfig",
     "Teacher",
     "TrainConfig",
     "evaluate",
+    "export",
     "freeze",
     "fuse",
     "group_by_class",
     "load_dataset",
     "load_teacher",
     "record",
+    "relabel",
     "synthesize",
     "train",
 ]

@@ -173,12 +173,24 @@ def random_crop(images: Tensor, lower_scale: float, generator: Generator) -> Ten
     """Random resized crop of [B, C, H, W]: area from `lower_scale` to 1, aspect ratio from 3/4 to 4/3, bilinear."""
     if lower_scale == 1:
         return images
-    count = len(images)
+    return crop(images, draw_crops(len(images), lower_scale, generator))
+
+
+def draw_crops(count: int, lower_scale: float, generator: Generator) -> Tensor:
+    """Boxes for `crop`, float32 [B, 4], with area and aspect ratio as in `random_crop`."""
     area, stretch, left, top = torch.rand(4, count, generator=generator)  # [B] each, in [0, 1)
     side = (lower_scale + (1 - lower_scale) * area).sqrt()
     stretch = torch.exp((2 * stretch - 1) * math.log(4 / 3) / 2)  # square root of the aspect ratio
-    width, height = (side * stretch).clamp(max=1), (side / stretch).clamp(max=1)  # fractions of the image
-    theta = torch.zeros(count, 2, 3)
+    return torch.stack([(side * stretch).clamp(max=1), (side / stretch).clamp(max=1), left, top], dim=1)
+
+
+def crop(images: Tensor, boxes: Tensor) -> Tensor:
+    """The box of each image, resized to the whole image, bilinear: [B, C, H, W] → the same shape.
+
+    boxes : float32 [B, 4]: width and height as fractions of the image's, and what part of the rest lies to the left and above
+    """
+    width, height, left, top = boxes.T
+    theta = torch.zeros(len(images), 2, 3)
     theta[:, 0, 0], theta[:, 0, 2] = width, (2 * left - 1) * (1 - width)
     theta[:, 1, 1], theta[:, 1, 2] = height, (2 * top - 1) * (1 - height)
     grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
@@ -193,20 +205,35 @@ def mix(inputs: Tensor, target: Tensor, config, generator: Generator) -> tuple[T
     """
     if not config.mixup and not config.cutmix:
         return inputs, target
-    (count, _, height, width), device = inputs.shape, inputs.device
-    uses_cutmix = torch.rand(count, 1, 1, generator=generator) < (0.5 if config.mixup else 1.0)
+    draws, partner = draw_mix(len(inputs), config, generator)
+    weight, partner = mix_weights(draws, *inputs.shape[2:]).to(inputs.device), partner.to(inputs.device)
+    inputs = inputs[partner].lerp(inputs, weight[:, None])
+    return inputs, target[partner].lerp(target, weight.mean((1, 2))[:, None])
+
+
+def draw_mix(count: int, config, generator: Generator) -> tuple[Tensor, Tensor]:
+    """How each image of a batch is mixed, and with which.
+
+    Returns
+    -------
+    draws : float32 [B, 4]: whether by CutMix (1) or mixup (0), the image's own share, the centre of CutMix's box (y, x)
+    partner : int64 [B], the other image's place in the batch
+    """
+    uses_cutmix = torch.rand(count, generator=generator) < (0.5 if config.mixup else 1.0)
     if not config.cutmix:
         uses_cutmix = torch.zeros_like(uses_cutmix)
     alpha = torch.where(uses_cutmix, config.cutmix, config.mixup)
     a, b = (torch._standard_gamma(alpha, generator) for _ in range(2))
-    share = a / (a + b)  # [B, 1, 1], Beta(alpha, alpha)
+    y, x = torch.rand(2, count, generator=generator)
+    draws = torch.stack([uses_cutmix.float(), a / (a + b), y, x], dim=1)  # the share is Beta(alpha, alpha)
+    return draws, torch.randperm(count, generator=generator)
 
+
+def mix_weights(draws: Tensor, height: int, width: int) -> Tensor:
+    """The weight of the image's own pixels, [B, H, W], from `draw_mix`'s draws."""
+    uses_cutmix, share, y, x = draws[:, :, None, None].unbind(1)  # [B, 1, 1] each
     half = (1 - share).sqrt() / 2  # the box covers 1 - share of the image, before its border cuts it
-    y, x = torch.rand(2, count, 1, 1, generator=generator)  # its centre
     rows = (torch.arange(height)[:, None] + 0.5) / height  # [H, 1]
     columns = (torch.arange(width) + 0.5) / width  # [W]
     outside = ((rows - y).abs() > half) | ((columns - x).abs() > half)  # [B, H, W]
-    weight = torch.where(uses_cutmix, outside.float(), share).to(device)  # [B, H, W]
-    partner = torch.randperm(count, generator=generator).to(device)
-    inputs = inputs[partner].lerp(inputs, weight[:, None])
-    return inputs, target[partner].lerp(target, weight.mean((1, 2))[:, None])
+    return torch.where(uses_cutmix > 0, outside.float(), share)

@@ -25,7 +25,7 @@ def identity(card: dict, class_names: Sequence[str], counts: Sequence[int] | Non
     own = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "versions": {"bnfuse": _bnfuse_version(), "torch": str(torch.__version__)},
+        "versions": versions(),
         "class_names": class_names,
         "counts": None if counts is None else [int(n) for n in counts],
     }
@@ -38,11 +38,13 @@ def identity(card: dict, class_names: Sequence[str], counts: Sequence[int] | Non
         raise InputError(f"the card must consist of JSON's types, without nan and inf: {error}") from error
 
 
-def _bnfuse_version() -> str:
+def versions() -> dict[str, str]:
+    """Of bnfuse and torch: another one may give other numbers."""
     try:
-        return metadata.version("bnfuse")
+        bnfuse = metadata.version("bnfuse")
     except metadata.PackageNotFoundError:
-        return "not installed"
+        bnfuse = "not installed"
+    return {"bnfuse": bnfuse, "torch": str(torch.__version__)}
 
 
 def read_card(root: Path) -> dict:
@@ -85,12 +87,17 @@ def refuse_other_identity(root: Path, given: dict, card: dict) -> None:
     existing = {name: value for name, value in card.items() if name != "complete"}
     if given["counts"] is None:  # then `finish` filled them in
         existing["counts"] = None
+    refuse_differences(root, given, existing, "a dataset")
+
+
+def refuse_differences(root: Path, given: dict, existing: dict, what: str) -> None:
+    """InputError, naming each difference, where `root` holds `what` and it was begun with other settings than `given`."""
     differences = list(_differences(given, existing))
     if differences:
         shown = "\n".join(f"  {line}" for line in differences[:10])
         more = f"\n  and {len(differences) - 10} more" if len(differences) > 10 else ""
         raise InputError(
-            f"{root} holds a dataset that was begun with other settings:\n{shown}{more}\n"
+            f"{root} holds {what} that was begun with other settings:\n{shown}{more}\n"
             f"Choose another --out, or delete {root} to begin again; the settings it was begun with continue it."
         )
 

@@ -19,8 +19,13 @@ from .datasets import load_dataset
 from .demo import run_demo
 from .doctor import report
 from .errors import BnfuseError, InputError
+from .estimate import readable_bytes
+from .exporting import FORMATS, export
+from .labels import RELABEL, Labels, images_digest
+from .manifest import is_store, read_store
 from .models import SPEC_GRAMMAR, Teacher, load_teacher
 from .preprocessing import Preprocessing
+from .relabelling import RelabelConfig, relabel
 from .statistics import MINIMUM_IMAGES, ClassStatistics, record
 from .synthesis import SynthesisConfig, recognised, synthesize
 from .training import TrainConfig, train
@@ -53,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"bnfuse {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_train, _add_record, _add_synthesize, _add_demo, _add_doctor):
+    for add in (_add_train, _add_record, _add_synthesize, _add_relabel, _add_export, _add_demo, _add_doctor):
         add(commands)
     return parser
 
@@ -80,7 +85,14 @@ def _add_train(commands) -> None:
     parser.add_argument("--data", required=True, metavar="DATASET", help="the images to train on")
     parser.add_argument("--test", metavar="DATASET", help="real images of the same classes to test on")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for model.safetensors and metrics.json")
-    parser.add_argument("--soft-labels", action="store_true", help="learn the stored logits instead of the labels")
+    parser.add_argument("--soft-labels", action="store_true", help="learn the stored logits: --labels soft")
+    parser.add_argument(
+        "--labels",
+        metavar="WHICH",
+        help="what to learn: hard, the classes (default); soft, the logits that `bnfuse synthesize --soft-labels` stored; "
+        "relabel, what `bnfuse relabel` wrote beside the images; or a folder that it wrote. Of views the network sees those, "
+        "and none of the augmentation below",
+    )
     parser.add_argument("--limit-per-class", type=int, metavar="N", help="use only the first N images of each class")
     _add_image_flags(parser)
     _add_device(parser)
@@ -89,6 +101,8 @@ def _add_train(commands) -> None:
 
 def _train(args) -> None:
     config = from_flags(TrainConfig, args)
+    which = args.labels or ("soft" if args.soft_labels else "hard")
+    labels = None if which in ("hard", "soft") else _labels(args, which)
     data = _load_data(args)
     if args.limit_per_class is not None:
         data = data.first_per_class(args.limit_per_class)
@@ -102,7 +116,8 @@ def _train(args) -> None:
         config,
         test=test,
         preprocessing=_preprocessing(args),
-        soft_labels=args.soft_labels,
+        soft_labels=which == "soft",
+        labels=labels,
         out=args.out,
         device=_device(args),
     )
@@ -113,6 +128,15 @@ def _train(args) -> None:
     if result.accuracy is not None:
         print(f"accuracy on {args.test}: {result.accuracy:.1%}")
     print(f"wrote {args.out / 'model.safetensors'} and {args.out / 'metrics.json'}")
+
+
+def _labels(args, which: str) -> Labels:
+    """What `bnfuse relabel` wrote of --data, and of no other images."""
+    if not is_store(args.data):
+        raise InputError(f"--labels {which} needs a dataset that bnfuse made, --data {args.data} is none")
+    labels = Labels(Path(args.data) / RELABEL if which == "relabel" else which)
+    labels.check(images_digest(read_store(args.data).entries))
+    return labels
 
 
 # ---- bnfuse record ----
@@ -200,6 +224,9 @@ def _add_synthesize(commands) -> None:
     parser.add_argument(
         "--offload", action="store_true", help="keep the batch's images off the device, but a micro-batch of them"
     )
+    parser.add_argument(
+        "--tensorboard", type=Path, metavar="FOLDER", help="write losses, learning rate and pace for TensorBoard"
+    )
     _add_device(parser)
     add_flags(parser, SynthesisConfig)
 
@@ -217,12 +244,74 @@ def _synthesize(args) -> None:
         backend=args.backend,
         micro_batch=args.micro_batch,
         offload=args.offload,
+        tensorboard=args.tensorboard,
     )
     rate = f" in {result.seconds:.0f} s" if result.made else ", which were there already"
     print(f"{result.images} images, {result.made} made now{rate}: {result.out / 'images'}")
     share = recognised(teacher, statistics, result.out, config, micro_batch=args.micro_batch)
     print(f"the teacher takes {share:.1%} of them for what was asked")
     print(f"look at {result.out / 'contact_sheet.png'}; train on it with `bnfuse train --data {result.out}`")
+
+
+# ---- bnfuse relabel ----
+
+
+def _add_relabel(commands) -> None:
+    parser = _command(
+        commands,
+        "relabel",
+        _relabel,
+        "Label a finished dataset with a teacher: each image, or many augmented views of each. Stopped and started again, it "
+        "continues.",
+        SPEC_GRAMMAR,
+    )
+    parser.add_argument("dataset", type=Path, metavar="DIR", help="the dataset")
+    _add_teacher(parser)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"folder of the labels (default {RELABEL} in DIR)")
+    parser.add_argument(
+        "--outputs",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="the teacher's output for each class of the dataset, where it has more",
+    )
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
+    _add_device(parser)
+    add_flags(parser, RelabelConfig)
+
+
+def _relabel(args) -> None:
+    config = from_flags(RelabelConfig, args)
+    teacher = _load_teacher(args)
+    done = relabel(
+        args.dataset, teacher, config, out=args.out, outputs=args.outputs, device=_device(args), workers=args.workers
+    )
+    rate = f" in {done.seconds:.0f} s" if done.made else ", which were there already"
+    print(f"labels of {done.views:,} views, {done.made:,} made now{rate}, {readable_bytes(done.bytes)}: {done.out}")
+    labels = RELABEL if args.out is None else args.out
+    print(f"learn them with `bnfuse train --data {args.dataset} --labels {labels} --batch-size {config.batch_size}`")
+
+
+# ---- bnfuse export ----
+
+
+def _add_export(commands) -> None:
+    parser = _command(
+        commands,
+        "export",
+        _export,
+        "Write a finished dataset as WebDataset tar shards, as Hugging Face parquet, or as a plain image folder.",
+    )
+    parser.add_argument("dataset", type=Path, metavar="DIR", help="the dataset")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
+    parser.add_argument("--images-per-shard", type=int, default=2000, metavar="N", help="images a file (default 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the images in the shards (default 0)")
+
+
+def _export(args) -> None:
+    done = export(args.dataset, args.out, args.format, images_per_shard=args.images_per_shard, seed=args.seed, progress=True)
+    print(f"{done.images} images in {done.files} files, {readable_bytes(done.bytes)}, read back and right: {done.out}")
 
 
 # ---- bnfuse demo, bnfuse doctor ----

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .errors import InputError
+
+LOCKS_UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 def write_atomically(path: str | os.PathLike, content: bytes, *, sync_folder: bool = True) -> None:
@@ -54,6 +60,26 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked_folder(folder: Path, taken: str) -> Iterator[None]:
+    """Holds `folder` against other processes for the block; it is free again when the process ends, however it ends.
+
+    InputError with the message `taken` where another holds it. A file system without locks is not locked.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(taken) from error
+        except OSError as error:
+            if error.errno not in LOCKS_UNSUPPORTED:
+                raise
+        yield
     finally:
         os.close(descriptor)
 

@@ -18,6 +18,8 @@ from .models import batchnorm_layers
 from .reference import DISTANCES, bn_distance
 from .statistics import ClassStatistics
 
+_ROWS_AT_ONCE = 64  # of the statistics, in float64
+
 
 class Matcher(nn.Module):
     """The weighted distance between a batch's moments and their targets.
@@ -81,13 +83,31 @@ class Matcher(nn.Module):
         self.register_buffer("target_var", target_var.to(torch.float32, copy=True))
 
     @classmethod
-    def from_statistics(cls, statistics: ClassStatistics, *, per_class: bool = True, **options) -> Matcher:
+    def from_statistics(
+        cls, statistics: ClassStatistics, *, per_class: bool = True, classes: Sequence[int] | None = None, **options
+    ) -> Matcher:
         """Targets recorded from the private images: each class's own, or (`per_class=False`) all classes pooled.
 
-        The class-wise targets are those of arXiv 2210.03205.
+        The class-wise targets are those of arXiv 2210.03205. `classes` are the rows of the table, in their order; default all.
         """
-        mean, var = statistics.moments(per_class=per_class)
-        return cls(list(statistics.sites), list(statistics.site_channels.values()), mean, var, **options)
+        classes = range(statistics.num_classes) if classes is None else classes
+        blank = torch.zeros(1, sum(statistics.site_channels.values())).expand(len(classes) if per_class else 1, -1)
+        matcher = cls(list(statistics.sites), list(statistics.site_channels.values()), blank, blank, **options)
+        if per_class:
+            matcher.load_classes(statistics, classes)
+        else:
+            mean, var = statistics.moments(per_class=False)
+            matcher.target_mean.copy_(mean)
+            matcher.target_var.copy_(var)
+        return matcher
+
+    def load_classes(self, statistics: ClassStatistics, classes: Sequence[int]) -> None:
+        """Puts the targets of these classes into the first rows of the table, wherever that is; the other rows stay."""
+        for start in range(0, len(classes), _ROWS_AT_ONCE):
+            rows = classes[start : start + _ROWS_AT_ONCE]
+            mean, var = statistics.moments(classes=rows)  # float64 [rows, T]
+            self.target_mean[start : start + len(rows)] = mean
+            self.target_var[start : start + len(rows)] = var
 
     @classmethod
     def from_running(cls, model: nn.Module, *, sites: Sequence[str] | None = None, **options) -> Matcher:

@@ -115,7 +115,9 @@ def optimise(
             return losses, [(slice(None), torch.autograd.grad(losses.total, leaf)[0])]
         return batch.gradients(look, lambda means, moments: objective.combine(means, moments, group_classes))
 
-    for size, begin, end in _stages(teacher.preprocessing.image_size, config):
+    end = 0
+    for size, steps in stages(teacher.preprocessing.image_size, config):
+        begin, end = end, end + steps
         if step >= end:  # the state is of a later stage
             continue
         if step == begin:
@@ -124,10 +126,9 @@ def optimise(
         scale = size[0] / teacher.preprocessing.image_size[0]
         augmentation = Augmentation(round(config.jitter * scale), config.flip, config.crop_scale)
         while step < end:
-            lr = config.lr * _schedule(step - begin, end - begin, config.warmup)
             losses, gradients = losses_and_gradients(augmentation.draw(images.values, generator, batch.count)[batch.rows])
             for rows, gradient in gradients:
-                images.adam(rows, gradient, step - begin, lr, config.betas, (low, high))
+                images.adam(rows, gradient, step - begin, learning_rate(config, step + 1), config.betas, (low, high))
             step += 1
             watch.add(step, losses)
             if step % SHOW_EVERY == 0 or step == end:
@@ -193,11 +194,18 @@ class Images:
 # ---- the start, and what changes from step to step ----
 
 
-def _stages(size: tuple[int, int], config: SynthesisConfig) -> Iterator[tuple[tuple[int, int], int, int]]:
-    """(height, width) of each stage, the steps before it and with it: half the size first, if asked for, then the full size."""
+def stages(size: tuple[int, int], config: SynthesisConfig) -> Iterator[tuple[tuple[int, int], int]]:
+    """(height, width) and steps of each stage: half the size first, if asked for, then the full size."""
     if config.low_resolution_iterations:
-        yield (max(1, size[0] // 2), max(1, size[1] // 2)), 0, config.low_resolution_iterations
-    yield size, config.low_resolution_iterations, config.total_iterations
+        yield (max(1, size[0] // 2), max(1, size[1] // 2)), config.low_resolution_iterations
+    yield size, config.iterations
+
+
+def learning_rate(config: SynthesisConfig, step: int) -> float:
+    """Of a unit's `step`, from 1: each stage has a schedule of its own."""
+    low = config.low_resolution_iterations
+    i, steps = (step - 1, low) if step <= low else (step - 1 - low, config.iterations)
+    return config.lr * _schedule(i, steps, config.warmup)
 
 
 def _start(seeds: Sequence[int], teacher: Teacher, size: tuple[int, int], config: SynthesisConfig) -> Tensor:

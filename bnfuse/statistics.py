@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -24,65 +23,10 @@ from .files import atomic_path
 from .fusion import call_name
 from .models import Teacher, batchnorm_layers, check_teacher, fingerprint
 from .preprocessing import Preprocessing
+from .site_moments import SiteMoments
+from .statistics_file import FORMAT, VERSION, SitesOnDisk
 
 MINIMUM_IMAGES = 20  # a class: fewer and its statistics describe single images
-_FORMAT, _VERSION = "bnfuse.class_statistics", 1
-_SLICE_BYTES = 64 << 20  # of float64 made at a time while recording
-
-
-@dataclass
-class SiteMoments:
-    """Exact pooled moments of one site's input for each of K classes.
-
-    Attributes
-    ----------
-    count : int64 [K], elements a channel (images × positions)
-    mean, m2 : float64 [K, C]; the biased variance is m2 / count
-    """
-
-    count: Tensor
-    mean: Tensor
-    m2: Tensor
-
-    @classmethod
-    def empty(cls, num_classes: int, channels: int) -> SiteMoments:
-        zeros = torch.zeros(num_classes, channels, dtype=torch.float64)
-        return cls(torch.zeros(num_classes, dtype=torch.int64), zeros, zeros.clone())
-
-    def merge(self, other: SiteMoments) -> SiteMoments:
-        """The moments of both sets of elements together (Chan, Golub, LeVeque 1979)."""
-        count = self.count + other.count  # [K]
-        share = (other.count.double() / count.clamp(min=1))[:, None]  # [K, 1]
-        delta = other.mean - self.mean
-        mean = self.mean + delta * share
-        m2 = self.m2 + other.m2 + delta.square() * self.count[:, None] * share
-        return SiteMoments(count, mean, m2)
-
-    def pooled(self) -> SiteMoments:
-        """All classes as one: count [1], mean and m2 [1, C]."""
-        count = self.count.sum().clamp(min=1)
-        mean = (self.mean * self.count[:, None]).sum(0) / count
-        m2 = (self.m2 + self.count[:, None] * (self.mean - mean).square()).sum(0)
-        return SiteMoments(count[None], mean[None], m2[None])
-
-    def add_batch(self, x: Tensor, labels: Tensor) -> None:
-        """Merges the inputs x [N, C, *spatial] of samples with `labels` int64 [N]."""
-        step = max(1, _SLICE_BYTES // max(1, 8 * x[:1].numel()))
-        for part, classes in zip(x.split(step), labels.split(step)):
-            self._add_slice(part.flatten(2) if part.dim() > 2 else part[:, :, None], classes)
-
-    def _add_slice(self, x: Tensor, labels: Tensor) -> None:
-        n, c, positions = x.shape
-        image_var, image_mean = torch.var_mean(x.double(), dim=2, correction=0)  # [n, C]: each image's own moments
-        image_mean, image_var, labels = image_mean.cpu(), image_var.cpu(), labels.cpu()
-        batch = SiteMoments.empty(len(self.count), c)
-        batch.count.index_add_(0, labels, torch.full((n,), positions))
-        batch.mean.index_add_(0, labels, image_mean)
-        batch.mean /= (batch.count / positions).clamp(min=1)[:, None]
-        deviation = image_mean - batch.mean[labels]
-        batch.m2.index_add_(0, labels, positions * (image_var + deviation.square()))
-        merged = self.merge(batch)
-        self.count, self.mean, self.m2 = merged.count, merged.mean, merged.m2
 
 
 @dataclass
@@ -91,7 +35,7 @@ class ClassStatistics:
 
     Attributes
     ----------
-    sites : site name → `SiteMoments`, in the order in which the sites ran
+    sites : site name → `SiteMoments`, in the order in which the sites ran; those of a file are read when they are asked for
     images : int64 [K], images of each class
     teacher : fingerprint of the network, see `models.fingerprint`
     preprocessing : of the pixels, or None where the loader normalised by itself
@@ -99,7 +43,7 @@ class ClassStatistics:
     outputs : the network's output for each class; None, class k is output k
     """
 
-    sites: dict[str, SiteMoments]
+    sites: Mapping[str, SiteMoments]
     images: Tensor
     teacher: str
     preprocessing: Preprocessing | None = None
@@ -113,25 +57,42 @@ class ClassStatistics:
 
     @property
     def site_channels(self) -> dict[str, int]:
+        if isinstance(self.sites, SitesOnDisk):
+            return dict(self.sites.channels)
         return {name: site.mean.shape[1] for name, site in self.sites.items()}
 
-    def moments(self, *, per_class: bool = True, names: Iterable[str] | None = None) -> tuple[Tensor, Tensor]:
+    def moments(
+        self, *, per_class: bool = True, names: Iterable[str] | None = None, classes: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Every site's mean and biased variance side by side.
 
         Parameters
         ----------
         per_class : False pools all classes into one row
         names : the sites wanted and their order; default all
+        classes : the classes wanted and their order, of a file the only ones to be read; default all
 
         Returns
         -------
-        mean, var : float64 [K, T], or [1, T] pooled; T is the number of channels of all sites together
+        mean, var : float64 [K, T] for K classes, or [1, T] pooled; T is the number of channels of all sites together
         """
-        sites = [self.sites[name] for name in names] if names is not None else list(self.sites.values())
-        sites = sites if per_class else [site.pooled() for site in sites]
-        mean = torch.cat([site.mean for site in sites], dim=1)
-        var = torch.cat([site.m2 / site.count.clamp(min=1)[:, None] for site in sites], dim=1)
+        names = list(self.sites) if names is None else list(names)
+        rows = (self.num_classes if classes is None else len(classes)) if per_class else 1
+        mean = torch.empty(rows, sum(self.site_channels[name] for name in names), dtype=torch.float64)
+        var, start = torch.empty_like(mean), 0
+        for site in self._of_classes(names, classes):  # site by site: no second copy of them all
+            site = site if per_class else site.pooled()
+            part = slice(start, start := start + site.mean.shape[1])
+            mean[:, part] = site.mean
+            torch.div(site.m2, site.count.clamp(min=1)[:, None], out=var[:, part])
         return mean, var
+
+    def _of_classes(self, names: list[str], classes: Sequence[int] | None) -> Iterator[SiteMoments]:
+        if classes is None:
+            return (self.sites[name] for name in names)
+        if isinstance(self.sites, SitesOnDisk):
+            return self.sites.of_classes(names, classes)
+        return (self.sites[name].of_classes(classes) for name in names)
 
     def merge(self, other: ClassStatistics) -> ClassStatistics:
         """The statistics of both recordings' images together: exact, and in any order. They must be of disjoint images.
@@ -190,7 +151,7 @@ class ClassStatistics:
         for name, site in self.sites.items():
             tensors |= {f"count/{name}": site.count, f"mean/{name}": site.mean, f"m2/{name}": site.m2}
         description = {
-            "version": _VERSION,
+            "version": VERSION,
             "sites": list(self.sites),
             "teacher": self.teacher,
             "dataset": self.dataset,
@@ -199,7 +160,7 @@ class ClassStatistics:
             "preprocessing": self.preprocessing.to_dict() if self.preprocessing else None,
         }
         with atomic_path(path) as part:
-            save_file(tensors, part, metadata={"format": _FORMAT, "description": json.dumps(description)})
+            save_file(tensors, part, metadata={"format": FORMAT, "description": json.dumps(description)})
 
     @classmethod
     def load(
@@ -210,29 +171,15 @@ class ClassStatistics:
         num_classes: int | None = None,
         preprocessing: Preprocessing | None = None,
     ) -> ClassStatistics:
-        """Reads a file that `save` wrote; with the keyword arguments also checks that it fits, as `check` does."""
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise InputError(
-                        f"{path} is a safetensors file but holds no class statistics; make one with `bnfuse record`"
-                    )
-                about = json.loads(metadata["description"])
-                if about["version"] != _VERSION:
-                    raise InputError(
-                        f"{path} has format version {about['version']}, this bnfuse reads {_VERSION}; record again"
-                    )
-                sites = {
-                    name: SiteMoments(*(file.get_tensor(f"{part}/{name}") for part in ("count", "mean", "m2")))
-                    for name in about["sites"]
-                }
-                images = file.get_tensor("images")
-        except (OSError, safetensors.SafetensorError) as error:
-            raise InputError(f"cannot read class statistics from {path}: {error}; make them with `bnfuse record`") from error
+        """Opens a file that `save` wrote; with the keyword arguments also checks that it fits, as `check` does.
+
+        The numbers stay on disk until they are asked for, see `statistics_file`.
+        """
+        sites = SitesOnDisk(path)
+        about = sites.description
         loaded = cls(
             sites,
-            images,
+            sites.images,
             about["teacher"],
             Preprocessing.from_dict(about["preprocessing"]) if about["preprocessing"] else None,
             about["dataset"],
@@ -248,7 +195,7 @@ class ClassStatistics:
         for name, site in self.sites.items():
             sha.update(name.encode())
             for tensor in (site.count, site.mean, site.m2):
-                sha.update(tensor.contiguous().numpy().tobytes())
+                sha.update(tensor.contiguous().numpy())
         return sha.hexdigest()
 
 

@@ -176,7 +176,7 @@ class Store:
             digests = []
             for image, record in zip(images, records):
                 path = self.root / image_file(record.class_index, record.index, self.class_names)
-                data = _png_bytes(image)
+                data = png_bytes(image)
                 write_atomically(path, data, sync_folder=False)
                 digests.append(hashlib.sha256(data).hexdigest())
             if soft_labels is not None:
@@ -385,7 +385,7 @@ def _refuse_foreign_folder(root: Path) -> None:
         )
 
 
-def _png_bytes(image: Tensor) -> bytes:
+def png_bytes(image: Tensor) -> bytes:
     """uint8 [C, H, W] → a PNG file's bytes."""
     pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)  # [H, W] or [H, W, 3]
     buffer = io.BytesIO()

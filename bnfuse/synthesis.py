@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,19 +21,24 @@ from . import backends
 from .augment import Augmentation
 from .datasets import load_dataset
 from .errors import InputError
+from .forecast import Forecast
 from .fusion import fuse
 from .matching import Matcher
 from .models import Teacher
 from .objective import PRECISIONS, Objective
-from .optimisation import optimise
+from .optimisation import learning_rate, optimise, stages
 from .pictures import ContactSheet
 from .reference import DISTANCES
+from .scalars import Scalars
 from .seeds import derive_seed
 from .statistics import ClassStatistics
 from .store import ImageRecord, Store
+from .targets import Targets
 from .virtual import check_micro_batch
+from .writing import BackgroundWriter
 
 TARGETS = ("class", "global", "running")
+CLASS_PLANS = ("grouped", "balanced")
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,10 @@ class SynthesisConfig:
     images_per_class : images of each class
     classes : class numbers to synthesise (default all)
     batch_size : images optimised together
-    classes_per_batch : classes that share a batch, each matched to its own statistics
+    class_plan : which classes share a batch: classes_per_batch of them, until their images are dealt (grouped), or of every
+        class as many as of any other, to one image, in batches of even size (balanced), as SRe2L has one image of each of 100
+        classes
+    classes_per_batch : classes of a grouped batch, each matched to its own statistics
     iterations : steps at full size
     low_resolution_iterations : steps at half the size before, from which the full size starts
     lr : Adam's learning rate at its peak, in units of the normalised image
@@ -76,6 +84,7 @@ class SynthesisConfig:
     images_per_class: int = 10
     classes: tuple[int, ...] | None = None
     batch_size: int = 100
+    class_plan: str = "grouped"
     classes_per_batch: int = 1
     iterations: int = 1000
     low_resolution_iterations: int = 0
@@ -113,9 +122,14 @@ class SynthesisConfig:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
                 raise InputError(f"{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")
-        for name, allowed in (("targets", TARGETS), ("distance", DISTANCES), ("precision", PRECISIONS)):
+        allowed_values = {"targets": TARGETS, "distance": DISTANCES, "precision": PRECISIONS, "class_plan": CLASS_PLANS}
+        for name, allowed in allowed_values.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.class_plan == "balanced" and self.classes_per_batch != 1:
+            raise InputError(
+                f"a balanced batch has every class; classes_per_batch={self.classes_per_batch} is for grouped ones"
+            )
         if self.classes_per_batch > self.batch_size:
             raise InputError(f"{self.classes_per_batch} classes do not fit a batch of {self.batch_size} images")
         Augmentation(self.jitter, self.flip, self.crop_scale)  # checks its own
@@ -141,15 +155,33 @@ class Unit:
 
 
 def plan(config: SynthesisConfig, classes: Sequence[int]) -> list[Unit]:
-    """Deals images_per_class images of each class to batches of at most batch_size, classes_per_batch classes in each."""
+    """Deals images_per_class images of each class to batches of at most batch_size, as `class_plan` says.
+
+    Every image is in one unit; in a unit each class is one run, in the order of `classes`.
+    """
+    batches = _balanced(config, classes) if config.class_plan == "balanced" else _grouped(config, classes)
+    return [Unit(number, *zip(*batch)) for number, batch in enumerate(batches)]
+
+
+def _grouped(config: SynthesisConfig, classes: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+    """(class, index) of each image of a batch: classes_per_batch classes, the batch shared out evenly."""
     share = config.batch_size // config.classes_per_batch
-    units: list[Unit] = []
     for first in range(0, len(classes), config.classes_per_batch):
         together = classes[first : first + config.classes_per_batch]
         for start in range(0, config.images_per_class, share):
             indices = range(start, min(start + share, config.images_per_class))
-            units.append(Unit(len(units), tuple(k for k in together for _ in indices), tuple(indices) * len(together)))
-    return units
+            yield [(k, index) for k in together for index in indices]
+
+
+def _balanced(config: SynthesisConfig, classes: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+    """(class, index) of each image of a batch. One image of each class, then the next of each: a batch is a stretch of that
+    sequence, so that in it no class has two images more than another. Batches differ by at most one image."""
+    total = config.images_per_class * len(classes)
+    batches = math.ceil(total / config.batch_size)
+    ends = [total * (i + 1) // batches for i in range(batches)]
+    for start, end in zip([0, *ends], ends):
+        dealt = [divmod(i, len(classes)) for i in range(start, end)]  # (index, place of the class)
+        yield [(classes[place], index) for place, index in sorted((place, index) for index, place in dealt)]
 
 
 @dataclass(frozen=True)
@@ -174,6 +206,7 @@ def synthesize(
     micro_batch: int | None = None,
     offload: bool = False,
     progress: bool = True,
+    tensorboard: str | Path | None = None,
 ) -> SynthesisResult:
     """Makes a synthetic dataset from noise and stores it, one unit after the other.
 
@@ -190,40 +223,41 @@ def synthesize(
         alone: losses and gradients are those of ``config.batch_size`` images, see `virtual`
     offload : images and the optimiser's state stay in the CPU's memory, and a micro-batch of them is on the device, so that the
         device's memory does not depend on the batch size at all
+    tensorboard : folder for the course of the losses, see `scalars`
 
     Raises
     ------
-    InputError : config, statistics and teacher do not fit, or `out` holds another dataset
+    InputError : config, statistics and teacher do not fit, `out` holds another dataset, or the disk is too small for it
     """
     check_micro_batch(micro_batch)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = _Source.of(teacher, statistics, config)
-    matcher = source.matcher(config)
+    units = plan(config, range(len(source.names)))
+    targets = source.targets(config, max(len(set(unit.classes)) for unit in units), device)
     objective = Objective(
         fuse(teacher.model.to(device), backend=backend),
-        matcher.to(device),
+        targets.matcher,
         config.ce_weight,
         config.bn_weight,
         config.tv_weight,
         config.l2_weight,
         config.precision,
     )
-    units = plan(config, range(len(source.names)))
     card = source.card(config, backends.resolve(backend, device.type))
     counts = [config.images_per_class] * len(source.names)
     started, made, losses = time.monotonic(), 0, {}
-    with Store.open(out, card=card, class_names=source.names, counts=counts) as store:
-        display = _Display(store, len(units), config, teacher, progress)
+    with Store.open(out, card=card, class_names=source.names, counts=counts) as store, BackgroundWriter(store) as writer:
+        display = _Display(store, units, config, teacher, progress, tensorboard)
         for unit in units:
             if unit.number in store.done:
                 continue
             rows = [source.rows[k] for k in unit.classes]
             seeds = [derive_seed(config.seed, row, index) for row, index in zip(rows, unit.indices)]
-            labels = torch.tensor(rows, device=device)
+            labels, outputs = torch.tensor(targets.rows(rows), device=device), source.outputs(torch.tensor(rows, device=device))
             images, losses = optimise(
                 objective,
                 labels,
-                source.outputs(labels),
+                outputs,
                 seeds,
                 unit.number,
                 teacher,
@@ -235,30 +269,61 @@ def synthesize(
             pixels = _to_pixels(images, teacher)
             records = [ImageRecord(k, i, seed, losses) for k, i, seed in zip(unit.classes, unit.indices, seeds)]
             soft = _soft_labels(objective, pixels, teacher, source, device, micro_batch) if config.soft_labels else None
-            store.commit(unit.number, pixels, records, soft)
+            writer.commit(unit.number, pixels, records, soft)
+            display.committed(unit, pixels)
             made += len(pixels)
+        writer.drain()
         store.finish()
         display.close()
     return SynthesisResult(Path(out), sum(counts), made, time.monotonic() - started, losses)
 
 
 class _Display:
-    """The progress bar of a run, and its contact sheet."""
+    """What a run shows: the progress bar, the contact sheet, what it will take, and TensorBoard's scalars where asked for."""
 
-    def __init__(self, store: Store, units: int, config: SynthesisConfig, teacher: Teacher, progress: bool):
-        self.store, self.units, self.steps, self.teacher = store, units, config.total_iterations, teacher
+    def __init__(
+        self,
+        store: Store,
+        units: list[Unit],
+        config: SynthesisConfig,
+        teacher: Teacher,
+        progress: bool,
+        tensorboard: str | Path | None,
+    ):
+        self.units, self.steps, self.teacher = len(units), config.total_iterations, teacher
         self.sheet = ContactSheet(store.root, store.class_names)
-        done = len(store.done) * self.steps
-        self.bar = tqdm(total=units * self.steps, initial=done, desc="synthesising", unit="it", disable=not progress)
+        self.scalars = tensorboard and Scalars(tensorboard, self.steps, partial(learning_rate, config))
+        self.units_done = len(store.done)  # or being written
+        done, total = self.units_done * self.steps, self.units * self.steps
+        self.bar = tqdm(total=total, initial=done, desc="synthesising", unit="it", disable=not progress)
+        self.forecast = Forecast(
+            store.root,
+            units,
+            store.done,
+            list(stages(teacher.preprocessing.image_size, config)),
+            (teacher.preprocessing.channels, *teacher.preprocessing.image_size),
+            logits=len(store.class_names) if config.soft_labels else 0,
+            say=self.bar.write if progress else lambda line: None,
+        )
+        self.forecast.begin()
 
     def show(self, unit: Unit, step: int, images: Tensor, terms: dict[str, float]) -> None:
         self.bar.set_postfix({"unit": f"{unit.number + 1}/{self.units}"} | {k: f"{v:.3g}" for k, v in terms.items()})
-        self.bar.update(len(self.store.done) * self.steps + step - self.bar.n)
+        self.bar.update(self.units_done * self.steps + step - self.bar.n)
         self.sheet.refresh(unit, lambda: _to_pixels(images, self.teacher))
+        self.forecast.show(unit, step, images)
+        if self.scalars:
+            self.scalars.show(unit, step, images, terms)
+
+    def committed(self, unit: Unit, pixels: Tensor) -> None:
+        self.units_done += 1
+        self.forecast.committed(unit, pixels)
 
     def close(self) -> None:
         self.bar.close()
         self.sheet.final()
+        if self.scalars:
+            self.scalars.close()
 
 
 @torch.no_grad()
@@ -305,7 +370,7 @@ def _soft_labels(
 class _Source:
     """What the images are made of: teacher, statistics, and the classes chosen from them.
 
-    `names[k]` is class k of the new dataset; `rows[k]` its row in the target table, the class's number in the original.
+    `names[k]` is class k of the new dataset; `rows[k]` its number among the classes of the statistics.
     """
 
     teacher: Teacher
@@ -335,19 +400,23 @@ class _Source:
             raise InputError(f"classes must be different numbers from 0 to {len(names) - 1}, got {rows}")
         return cls(teacher, statistics, [names[row] for row in rows], rows)
 
-    def matcher(self, config: SynthesisConfig) -> Matcher:
-        if config.targets == "running":
-            matcher = Matcher.from_running(self.teacher.model, sites=self._sites_that_ran(), distance=config.distance)
+    def targets(self, config: SynthesisConfig, at_once: int, device: torch.device) -> Targets:
+        """On the device; `at_once` is the most classes that a unit has."""
+        if config.targets == "class":
+            targets = Targets.class_wise(self.statistics, self.rows, at_once=at_once, device=device, distance=config.distance)
+        elif config.targets == "global":
+            targets = Targets.pooled(Matcher.from_statistics(self.statistics, per_class=False, distance=config.distance))
         else:
-            matcher = Matcher.from_statistics(self.statistics, per_class=config.targets == "class", distance=config.distance)
-        matcher.site_weights[0] *= config.first_site_weight
-        return matcher
+            sites = self._sites_that_ran()
+            targets = Targets.pooled(Matcher.from_running(self.teacher.model, sites=sites, distance=config.distance))
+        targets.matcher.to(device).site_weights[0] *= config.first_site_weight
+        return targets
 
     def _sites_that_ran(self) -> list[str] | None:
         return [name for name in self.statistics.sites if "#" not in name] if self.statistics else None
 
     def outputs(self, rows: Tensor) -> Tensor:
-        """The teacher's output for each row of the targets."""
+        """The teacher's output for each of the original classes."""
         if self.statistics is None or self.statistics.outputs is None:
             return rows
         return torch.tensor(self.statistics.outputs, device=rows.device)[rows]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from .batches import (
 from .checkpoints import save_checkpoint
 from .errors import InputError
 from .files import write_atomically
+from .labels import LabelledViews, Labels
 from .models import build_model, check_output, fingerprint
 from .preprocessing import Preprocessing
 
@@ -166,6 +168,7 @@ def train(
     test=None,
     preprocessing: Preprocessing | None = None,
     soft_labels: bool = False,
+    labels: Labels | None = None,
     progress: bool = True,
     out: str | Path | None = None,
     device: torch.device | str | None = None,
@@ -197,7 +200,8 @@ def train(
         the loss is no longer finite.
     """
     started = time.perf_counter()
-    if soft_labels and getattr(dataset, "soft_labels", None) is None:
+    logits = getattr(dataset, "soft_labels", None) if labels is None or not labels.plain else labels.logits()  # [N, K]
+    if soft_labels and labels is None and logits is None:
         raise InputError(f"{dataset.name} has no soft labels: relabel it with a teacher, or train on its hard labels")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dataset, test = decoded(dataset), decoded(test)
@@ -205,7 +209,9 @@ def train(
     source = Source(dataset, preprocessing, device, config.workers)
     if len(source) < 2:
         raise InputError(f"{dataset.name} has {len(source)} images; training with BatchNorm needs at least 2")
-    if config.shift >= min(preprocessing.image_size):
+    if labels is not None:
+        _check_labels(labels, dataset, preprocessing)
+    elif config.shift >= min(preprocessing.image_size):
         raise InputError(f"shift={config.shift} is no less than the image size {preprocessing.image_size}")
     if test is not None:
         _check_same_classes(dataset, test)
@@ -225,14 +231,20 @@ def train(
         optimizer = _optimizer(model, config)
         steps = config.epochs * len(even_batches(len(source), config.batch_size))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, steps, config.warmup))
-        targets = _targets(dataset, config, soft_labels).to(device)  # [N, K], probabilities
+        distils = soft_labels or labels is not None
+        if labels is None or labels.plain:
+            targets = _targets(dataset, config, logits if distils else None).to(device)  # [N, K], probabilities
 
         history = []
         with tqdm(total=config.epochs * len(source), unit="img", disable=None if progress else True) as bar:
             for epoch in range(1, config.epochs + 1):
                 bar.set_description(f"epoch {epoch}/{config.epochs}")
                 record = {"epoch": epoch}
-                record |= _train_epoch(model, source, targets, config, soft_labels, optimizer, schedule, generator, bar.update)
+                if labels is None or labels.plain:
+                    samples = _augmented(source, targets, config, generator)
+                else:
+                    samples = _replayed(source, labels.views((epoch - 1) % labels.passes), config)
+                record |= _train_epoch(model, samples, config, distils, optimizer, schedule, device, bar.update)
                 if not math.isfinite(record["loss"]):
                     raise InputError(
                         f"the loss is {record['loss']} in epoch {epoch}: training diverged; lower lr, now {config.lr}"
@@ -259,14 +271,12 @@ def train(
     return result
 
 
-def _train_epoch(model, source, targets, config, soft_labels, optimizer, schedule, generator, report) -> dict:
-    """One pass over the dataset; returns its mean loss, running accuracy, last lr and seconds.
+def _augmented(source: Source, targets: Tensor, config, generator: Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The dataset once, in random order, each image augmented by its own draw.
 
-    `targets` are probabilities [N, K]; `report(images)` is called after each step.
+    Yields (inputs [B, C, H, W], what is to be answered to them [B, K], and to the images before they were mixed [B, K]).
+    `targets` are probabilities [N, K].
     """
-    started = time.perf_counter()
-    model.train()
-    loss_sum, correct = (torch.zeros((), device=source.device) for _ in range(2))  # read once an epoch: no waiting
     order = torch.randperm(len(source), generator=generator)
     batches = [order[part] for part in even_batches(len(source), config.batch_size)]
     for index, images in source.batches(batches, lambda images, at: flip_and_shift(images, at, config, generator)):
@@ -276,7 +286,29 @@ def _train_epoch(model, source, targets, config, soft_labels, optimizer, schedul
         inputs = source.preprocessing.normalize(images)  # [B, C, H, W]
         target = targets[index]  # [B, K]
         inputs, mixed_target = mix(inputs, target, config, generator)
+        yield inputs, mixed_target, target
 
+
+def _replayed(source: Source, labelled: LabelledViews, config) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The views of one pass with the teacher's answers to them, in the order in which it gave them; yields as `_augmented`."""
+    parts, views = even_batches(len(source), config.batch_size), labelled.views
+    needed = [views.index[views.needed(part)] for part in parts]
+    for part, (_, images) in zip(parts, source.batches(needed)):
+        inputs = source.preprocessing.normalize(views.show(images, part))
+        target = F.softmax(labelled.logits(part).to(source.device) / config.temperature, dim=1)
+        yield inputs, target, target
+
+
+def _train_epoch(model, samples, config, distils: bool, optimizer, schedule, device, report) -> dict:
+    """One pass over the dataset; returns its mean loss, running accuracy, last lr and seconds.
+
+    `samples` as `_augmented` yields them; `report(images)` is called after each step.
+    """
+    started = time.perf_counter()
+    model.train()
+    loss_sum, correct = (torch.zeros((), device=device) for _ in range(2))  # read once an epoch: no waiting
+    seen = 0
+    for inputs, mixed_target, target in samples:
         with torch.autocast("cuda", torch.bfloat16, enabled=inputs.is_cuda):
             logits = model(inputs)
         if not isinstance(logits, Tensor):
@@ -285,7 +317,7 @@ def _train_epoch(model, source, targets, config, soft_labels, optimizer, schedul
                 "logits [N, num_classes] alone"
             )
         logits = logits.float()
-        if soft_labels:
+        if distils:
             loss = distillation_loss(logits, mixed_target, config.temperature)
         else:
             loss = F.cross_entropy(logits, mixed_target, label_smoothing=config.label_smoothing)
@@ -294,23 +326,24 @@ def _train_epoch(model, source, targets, config, soft_labels, optimizer, schedul
         optimizer.step()
         lr = schedule.get_last_lr()[0]
         schedule.step()
-        loss_sum += loss.detach() * len(index)
+        loss_sum += loss.detach() * len(inputs)
         correct += (logits.argmax(1) == target.argmax(1)).sum()
-        report(len(index))
+        seen += len(inputs)
+        report(len(inputs))
     return {
-        "loss": loss_sum.item() / len(source),
-        "train_accuracy": correct.item() / len(source),
+        "loss": loss_sum.item() / seen,
+        "train_accuracy": correct.item() / seen,
         "lr": lr,
         "seconds": time.perf_counter() - started,
     }
 
 
-def _targets(dataset, config: TrainConfig, soft_labels: bool) -> Tensor:
-    """What the network is to answer for each image: probabilities, float32 [N, K]."""
+def _targets(dataset, config: TrainConfig, logits) -> Tensor:
+    """What the network is to answer for each image: probabilities, float32 [N, K]; of the labels, where logits are None."""
     labels = checked_labels(dataset, dataset.num_classes)
-    if not soft_labels:
+    if logits is None:
         return F.one_hot(labels, dataset.num_classes).float()
-    logits = torch.as_tensor(dataset.soft_labels, dtype=torch.float32)
+    logits = torch.as_tensor(logits, dtype=torch.float32)
     if logits.shape != (len(labels), dataset.num_classes):
         raise InputError(
             f"the soft labels of {dataset.name} must be [{len(labels)}, {dataset.num_classes}], one logit an image and "
@@ -319,6 +352,21 @@ def _targets(dataset, config: TrainConfig, soft_labels: bool) -> Tensor:
     if not logits.isfinite().all():
         raise InputError(f"the soft labels of {dataset.name} are not all finite")
     return F.softmax(logits / config.temperature, dim=1)
+
+
+def _check_labels(labels: Labels, dataset, preprocessing: Preprocessing) -> None:
+    """InputError where labels are of other images than the dataset's, as far as that can be seen."""
+    of, ours = (labels.images, labels.num_classes), (len(dataset), dataset.num_classes)
+    if of != ours:
+        raise InputError(
+            f"{labels.root} labels {of[0]} images of {of[1]} classes, {dataset.name} has {ours[0]} of {ours[1]}: train on the "
+            "whole dataset that was relabelled"
+        )
+    if not labels.plain and labels.image_size != preprocessing.image_size:
+        raise InputError(
+            f"the views of {labels.root} were labelled at {'x'.join(map(str, labels.image_size))} pixels and the images are "
+            f"{'x'.join(map(str, preprocessing.image_size))}: bring them to that size (image_size, --image-size)"
+        )
 
 
 def distillation_loss(logits: Tensor, teacher_probabilities: Tensor, temperature: float) -> Tensor:

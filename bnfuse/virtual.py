@@ -25,7 +25,7 @@ from torch import Tensor
 from .distributed import ALONE, Team
 from .errors import InputError
 from .fusion import Moments
-from .statistics import SiteMoments
+from .site_moments import SiteMoments
 
 Means = dict[str, Tensor]  # term → its mean over some images, a scalar
 

@@ -1,6 +1,7 @@
 """The driver: what it optimises, what it leaves on disk, and that stopping it changes nothing."""
 
 import dataclasses
+import itertools
 import json
 import random
 import signal
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision_shim import import_torchvision
 
@@ -125,6 +128,8 @@ def test_matching_moves_the_statistics(teacher, statistics, tmp_path):
         {"targets": "global"},
         {"targets": "running"},
         {"classes_per_batch": 2, "batch_size": 7},
+        {"class_plan": "balanced", "batch_size": 4},
+        {"class_plan": "balanced", "batch_size": 4, "targets": "running"},
         {"distance": "mse"},
         {
             "low_resolution_iterations": 3,
@@ -232,6 +237,8 @@ def test_diverging_loss_stops_with_its_terms(teacher, statistics, tmp_path):
         ({"targets": "mean"}, "targets must be one of class, global, running"),
         ({"distance": "cosine"}, "distance must be one"),
         ({"batch_size": 2, "classes_per_batch": 3}, "3 classes do not fit a batch of 2"),
+        ({"class_plan": "random"}, "class_plan must be one of grouped, balanced"),
+        ({"class_plan": "balanced", "classes_per_batch": 2}, "a balanced batch has every class"),
         ({"crop_scale": 0.0}, "crop_scale in"),
         ({"jitter": -1}, "jitter must be"),
     ],
@@ -250,13 +257,46 @@ def test_statistics_of_another_teacher_and_unknown_classes_are_refused(statistic
     assert not (tmp_path / "out").exists()
 
 
-def test_plan_covers_every_image_once():
-    config = SynthesisConfig(images_per_class=5, batch_size=6, classes_per_batch=2)
-    units = plan(config, range(3))
+@settings(max_examples=100)
+@given(
+    images=st.integers(1, 12),
+    classes=st.integers(1, 9),
+    batch_size=st.integers(1, 20),
+    together=st.integers(0, 5),  # 0 is balanced
+)
+def test_a_plan_deals_every_image_once(images, classes, batch_size, together):
+    plans = {"class_plan": "balanced"} if not together else {"classes_per_batch": min(together, batch_size)}
+    config = SynthesisConfig(images_per_class=images, batch_size=batch_size, **plans)
+    numbers = [10 * k + 3 for k in range(classes)]  # a dataset's class numbers may be any
+    units = plan(config, numbers)
     pairs = [pair for unit in units for pair in zip(unit.classes, unit.indices)]
-    assert sorted(pairs) == [(k, i) for k in range(3) for i in range(5)]
-    assert all(len(unit.classes) <= 6 and list(unit.classes) == sorted(unit.classes) for unit in units)
-    assert [unit.number for unit in units] == list(range(len(units)))
+    assert sorted(pairs) == [(k, i) for k in numbers for i in range(images)]
+    assert [unit.number for unit in units] == list(range(len(units))) and units == plan(config, numbers)
+    for unit in units:
+        assert len(unit.indices) == len(unit.classes) <= batch_size
+        runs = [k for k, _ in itertools.groupby(unit.classes)]
+        assert len(runs) == len(set(runs))
+        counts = [unit.classes.count(k) for k in runs]
+        if together:
+            assert len(runs) <= together and len(set(counts)) == 1
+        else:
+            counts += [0] * (classes - len(runs))
+            assert max(counts) - min(counts) <= 1
+    if not together:
+        sizes = [len(unit.classes) for unit in units]
+        assert max(sizes) - min(sizes) <= 1 and len(units) == -(-images * classes // batch_size)
+
+
+def test_plans_by_example():
+    def classes_of(**fields):
+        return [unit.classes for unit in plan(SynthesisConfig(**fields), range(4))]
+
+    assert classes_of(images_per_class=3, batch_size=2) == [(k,) * n for k in range(4) for n in (2, 1)]
+    assert classes_of(images_per_class=2, batch_size=5, classes_per_batch=2) == [(0, 0, 1, 1), (2, 2, 3, 3)]
+    assert classes_of(images_per_class=2, batch_size=4, class_plan="balanced") == [(0, 1, 2, 3)] * 2
+    assert classes_of(images_per_class=3, batch_size=6, class_plan="balanced") == [(0, 0, 1, 1, 2, 3), (0, 1, 2, 2, 3, 3)]
+    hundred = plan(SynthesisConfig(images_per_class=10, batch_size=100, class_plan="balanced"), range(1000))
+    assert all(len(set(unit.classes)) == 100 for unit in hundred) and len(hundred) == 100
 
 
 def test_seeds_are_stable_and_apart():

@@ -1,0 +1,109 @@
+"""The file of class statistics, read as it is needed: what it holds at once, the numbers of a class when they are asked for.
+
+At ImageNet's scale (1,000 classes, the 26,560 channels of a ResNet-50) the numbers are 425 MB, of which a batch of one class
+needs 1/1000.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .site_moments import SiteMoments
+
+FORMAT, VERSION = "bnfuse.class_statistics", 1
+
+
+class SitesOnDisk(Mapping):
+    """site name → `SiteMoments`, in the order in which the sites ran.
+
+    Read, not mapped: only what was asked for takes memory. The file stays open, so that one that takes its place changes
+    nothing here.
+
+    Attributes
+    ----------
+    description : what `ClassStatistics.save` wrote beside the numbers
+    images : int64 [K]
+    channels : C of each site
+    """
+
+    def __init__(self, path: str | Path):
+        """InputError where there is no such file, it is torn, or holds something else."""
+        self.path = Path(path)
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:  # refuses a torn file, and a header that is none
+                about = file.metadata() or {}
+            if about.get("format") != FORMAT:
+                raise InputError(f"{path} is a safetensors file but holds no class statistics; make one with `bnfuse record`")
+            self.description = json.loads(about["description"])
+            if self.description["version"] != VERSION:
+                raise InputError(
+                    f"{path} has format version {self.description['version']}, this bnfuse reads {VERSION}; record again"
+                )
+            self._file = open(path, "rb", buffering=0)
+            # 8 bytes: the header's length; the header: name → dtype, shape, data_offsets; then the data
+            length = int.from_bytes(self._file.read(8), "little")
+            self._header, self._data = json.loads(self._file.read(length)), 8 + length
+            self.images = self._read("images")
+        except (OSError, safetensors.SafetensorError) as error:
+            raise InputError(f"cannot read class statistics from {path}: {error}; make them with `bnfuse record`") from error
+        self.channels = {name: self._checked_channels(name) for name in self.description["sites"]}
+
+    def _checked_channels(self, name: str) -> int:
+        num_classes, parts = len(self.images), [self._header.get(f"{part}/{name}", {}) for part in ("count", "mean", "m2")]
+        channels = (parts[1].get("shape") or [0])[-1]
+        expected = [("I64", [num_classes]), *[("F64", [num_classes, channels])] * 2]
+        if [(part.get("dtype"), part.get("shape")) for part in parts] != expected:
+            raise InputError(f"{self.path} is damaged: site {name!r} is not [{num_classes}, C] in float64; record it again")
+        return channels
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.channels)
+
+    def __len__(self) -> int:
+        return len(self.channels)
+
+    def __getitem__(self, name: str) -> SiteMoments:
+        if name not in self.channels:
+            raise KeyError(name)
+        return SiteMoments(self._read(f"count/{name}"), self._read(f"mean/{name}"), self._read(f"m2/{name}"))
+
+    def of_classes(self, names: Sequence[str], classes: Sequence[int]) -> Iterator[SiteMoments]:
+        """Each of the sites with its rows of the classes alone, in their order; no other is read."""
+        runs = _runs(classes)
+        for name in names:
+            tables = (f"{part}/{name}" for part in ("count", "mean", "m2"))
+            yield SiteMoments(*(torch.cat([self._read(table, *run) for run in runs]) for table in tables))
+
+    def _read(self, table: str, start: int = 0, end: int | None = None) -> Tensor:
+        """Rows [start, end) of a table, or all."""
+        about = self._header[table]
+        (first, last), (rows, *row_shape) = about["data_offsets"], about["shape"]
+        end, row_bytes = rows if end is None else end, (last - first) // rows if rows else 0
+        data, done = bytearray((end - start) * row_bytes), 0
+        offset = self._data + first + start * row_bytes
+        while done < len(data):  # the system reads at most 2 GiB at a time
+            read = os.preadv(self._file.fileno(), [memoryview(data)[done:]], offset + done)
+            if not read:
+                raise InputError(f"{self.path} has become shorter since it was opened: record the statistics again")
+            done += read
+        dtype = torch.float64 if about["dtype"] == "F64" else torch.int64
+        return torch.frombuffer(data, dtype=dtype).reshape(-1, *row_shape) if data else torch.empty(0, *row_shape, dtype=dtype)
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """[start, end) of each run of consecutive numbers, in the order given."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number:
+            runs[-1] = runs[-1][0], number + 1
+        else:
+            runs.append((number, number + 1))
+    return runs
