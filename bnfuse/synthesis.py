@@ -6,27 +6,26 @@ that a run that was stopped goes on with the next unit and ends with the same im
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from . import backends
 from .augment import Augmentation
 from .datasets import load_dataset
-from .errors import BnfuseError, InputError
+from .errors import InputError
 from .fusion import fuse
-from .matching import Matcher, group_by_class
+from .matching import Matcher
 from .models import Teacher
 from .objective import Objective
+from .optimisation import derive_seed, optimise
 from .pictures import ContactSheet
 from .reference import DISTANCES
 from .statistics import ClassStatistics
@@ -148,12 +147,6 @@ def plan(config: SynthesisConfig, classes: Sequence[int]) -> list[Unit]:
     return units
 
 
-def derive_seed(*parts: int | str) -> int:
-    """A seed in [0, 2⁶³) that depends on every part, and on nothing else."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
 @dataclass(frozen=True)
 class SynthesisResult:
     """What a run did: the store's folder, images in all, images made now, seconds of it, and the last loss terms."""
@@ -259,94 +252,6 @@ def recognised(teacher: Teacher, statistics: ClassStatistics | None, out: str | 
         logits = teacher.model(teacher.preprocessing.normalize(images.to(device)))
         right += int((logits.argmax(1).cpu() == wanted[part]).sum())
     return right / len(data)
-
-
-def optimise(
-    objective: Objective,
-    labels: Tensor,
-    outputs: Tensor,
-    seeds: Sequence[int],
-    unit: int,
-    teacher: Teacher,
-    config: SynthesisConfig,
-    show: Callable[[int, Tensor, dict[str, float]], None],
-) -> tuple[Tensor, dict[str, float]]:
-    """From noise to one batch of images: the whole method.
-
-    Parameters
-    ----------
-    labels : int64 [N], each image's row of the targets, in runs of one class; outputs : int64 [N], the logit to raise
-    seeds : N of them, one an image; `unit` seeds the views
-    show : called now and then with the step, the images so far and the loss terms
-
-    Returns
-    -------
-    images : [N, C, H, W] float32, normalised; losses : the terms at the last step
-    """
-    group_starts, group_classes = group_by_class(labels)
-    generator = torch.Generator().manual_seed(derive_seed(config.seed, "views", unit))
-    low, high = _valid_range(teacher, labels.device)
-    images, step, terms = None, 0, {}
-    for size, iterations in _stages(teacher.preprocessing.image_size, config):
-        images = _start(seeds, teacher, size, config).to(labels.device) if images is None else _resize(images, size)
-        images = images.clamp(low, high).contiguous(memory_format=torch.channels_last).requires_grad_()
-        scale = size[0] / teacher.preprocessing.image_size[0]
-        augmentation = Augmentation(round(config.jitter * scale), config.flip, config.crop_scale)
-        adam = torch.optim.Adam([images], lr=config.lr, betas=config.betas)
-        for i in range(iterations):
-            adam.param_groups[0]["lr"] = config.lr * _schedule(i, iterations, config.warmup)
-            view = augmentation.draw(images, generator)(images)
-            terms = objective(images, view, outputs, group_starts, group_classes)
-            (images.grad,) = torch.autograd.grad(terms["total"], images)
-            adam.step()
-            with torch.no_grad():
-                images.clamp_(low, high)
-            step += 1
-            if step % 10 == 0 or i == iterations - 1:
-                show(step, images, _finite(terms, unit, step))
-        images = images.detach()
-    return images, _finite(terms, unit, step)
-
-
-def _stages(size: tuple[int, int], config: SynthesisConfig) -> Iterator[tuple[tuple[int, int], int]]:
-    """(height, width) and iterations of each stage: half the size first, if asked for, then the full size."""
-    if config.low_resolution_iterations:
-        yield (max(1, size[0] // 2), max(1, size[1] // 2)), config.low_resolution_iterations
-    yield size, config.iterations
-
-
-def _start(seeds: Sequence[int], teacher: Teacher, size: tuple[int, int], config: SynthesisConfig) -> Tensor:
-    """Each image's own noise: [N, C, *size], normalised units."""
-    shape = (teacher.preprocessing.channels, *size)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return config.noise_scale * torch.stack(noise)
-
-
-def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(images, size, mode="bilinear", align_corners=False)
-
-
-def _schedule(i: int, iterations: int, warmup: int) -> float:
-    """Linear warm-up, then half a cosine down to 0."""
-    if i < warmup:
-        return (i + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (i - warmup) / max(1, iterations - warmup)))
-
-
-def _valid_range(teacher: Teacher, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The normalised values of black and white: [C, 1, 1] each."""
-    black = torch.zeros(teacher.preprocessing.channels, 1, 1, device=device)
-    return teacher.preprocessing.normalize(black), teacher.preprocessing.normalize(black + 1)
-
-
-def _finite(terms: dict[str, Tensor], unit: int, step: int) -> dict[str, float]:
-    values = {name: value.item() for name, value in terms.items()}
-    if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-        raise BnfuseError(
-            f"unit {unit}, step {step}: the loss is not finite ({', '.join(f'{n} = {values[n]}' for n in bad)}); "
-            "lower lr or bn_weight, or choose a distance that does not divide by the variance"
-        )
-    return values
 
 
 def _to_pixels(images: Tensor, teacher: Teacher) -> Tensor:
