@@ -80,7 +80,10 @@ def card_bytes(card: dict) -> bytes:
     return (json.dumps(card, indent=2) + "\n").encode()
 
 
-def refuse_other_identity(root: Path, given: dict, card: dict) -> None:
+_OTHER_SETTINGS = "Choose another --out, or delete {root} to begin again; the settings it was begun with continue it."
+
+
+def refuse_other_identity(root: Path, given: dict, card: dict, remedy: str = _OTHER_SETTINGS) -> None:
     """InputError, naming each difference, unless the store with this card was begun with the identity `given`."""
     existing = {name: value for name, value in card.items() if name != "complete"}
     if given["counts"] is None:  # then `finish` filled them in
@@ -90,8 +93,7 @@ def refuse_other_identity(root: Path, given: dict, card: dict) -> None:
         shown = "\n".join(f"  {line}" for line in differences[:10])
         more = f"\n  and {len(differences) - 10} more" if len(differences) > 10 else ""
         raise InputError(
-            f"{root} holds a dataset that was begun with other settings:\n{shown}{more}\n"
-            f"Choose another --out, or delete {root} to begin again; the settings it was begun with continue it."
+            f"{root} holds a dataset that was begun with other settings:\n{shown}{more}\n" + remedy.format(root=root)
         )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .augment import Augmentation
+from .distributed import Team
 from .errors import BnfuseError
 from .matching import group_by_class
 from .models import Teacher
@@ -27,6 +28,20 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+class NonFiniteLoss(BnfuseError):
+    """The loss of a unit is nan or inf; the message names unit, step and term."""
+
+
+class Checkpoint(Protocol):
+    """What keeps a unit in the making."""
+
+    def due(self, step: int) -> bool:
+        """Asked after every step, whether to `save`."""
+
+    def save(self, step: int, state: dict[str, Tensor]) -> None:
+        """Keeps the state after `step`; it may end the run by raising Interrupted."""
+
+
 def optimise(
     objective: Objective,
     labels: Tensor,
@@ -36,6 +51,11 @@ def optimise(
     teacher: Teacher,
     config: SynthesisConfig,
     show: Callable[[int, Tensor, dict[str, float]], None],
+    *,
+    micro_batch: int | None = None,
+    team: Team | None = None,
+    state: dict[str, Tensor] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """From noise to one batch of images: the whole method.
 
@@ -44,22 +64,41 @@ def optimise(
     labels : int64 [N], each image's row of the targets, in runs of one class; outputs : int64 [N], the logit to raise
     seeds : N of them, one an image; `unit` seeds the views
     show : called now and then with the step, the images so far and the loss terms
+    state : what `checkpoint` was given, to go on from
+    checkpoint : asked after every step whether it wants the state
 
     Returns
     -------
     images : [N, C, H, W] float32, normalised; losses : the terms at the last step
+
+    Raises
+    ------
+    NonFiniteLoss
     """
     group_starts, group_classes = group_by_class(labels)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "views", unit))
     low, high = _valid_range(teacher, labels.device)
     images, step, terms = None, 0, {}
+    resumed = int(state["step"]) if state else 0  # steps that were done before
     for size, iterations in _stages(teacher.preprocessing.image_size, config):
-        images = _start(seeds, teacher, size, config).to(labels.device) if images is None else _resize(images, size)
+        begun = min(iterations, max(0, resumed - step))  # of this stage's
+        if step + iterations < resumed:
+            step += iterations
+            continue
+        if begun:
+            images = state["images"].to(labels.device)
+            generator.set_state(state["generator"])
+        else:
+            images = _start(seeds, teacher, size, config).to(labels.device) if images is None else _resize(images, size)
         images = images.clamp(low, high).contiguous(memory_format=torch.channels_last).requires_grad_()
         scale = size[0] / teacher.preprocessing.image_size[0]
         augmentation = Augmentation(round(config.jitter * scale), config.flip, config.crop_scale)
         adam = torch.optim.Adam([images], lr=config.lr, betas=config.betas)
-        for i in range(iterations):
+        if begun:
+            moments = {name: state[name].to(labels.device) for name in ("exp_avg", "exp_avg_sq")}
+            adam.state[images] = {"step": torch.tensor(float(begun)), **moments}
+        step += begun
+        for i in range(begun, iterations):
             adam.param_groups[0]["lr"] = config.lr * _schedule(i, iterations, config.warmup)
             view = augmentation.draw(images, generator)(images)
             terms = objective(images, view, outputs, group_starts, group_classes)
@@ -70,6 +109,10 @@ def optimise(
             step += 1
             if step % 10 == 0 or i == iterations - 1:
                 show(step, images, _finite(terms, unit, step))
+            if checkpoint is not None and checkpoint.due(step):
+                moments = {name: adam.state[images][name] for name in ("exp_avg", "exp_avg_sq")}
+                state = {"images": images, "step": torch.tensor(step), "generator": generator.get_state(), **moments}
+                checkpoint.save(step, state)
         images = images.detach()
     return images, _finite(terms, unit, step)
 
@@ -108,7 +151,7 @@ def _valid_range(teacher: Teacher, device: torch.device) -> tuple[Tensor, Tensor
 def _finite(terms: dict[str, Tensor], unit: int, step: int) -> dict[str, float]:
     values = {name: value.item() for name, value in terms.items()}
     if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-        raise BnfuseError(
+        raise NonFiniteLoss(
             f"unit {unit}, step {step}: the loss is not finite ({', '.join(f'{n} = {values[n]}' for n in bad)}); "
             "lower lr or bn_weight, or choose a distance that does not divide by the variance"
         )

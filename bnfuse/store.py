@@ -23,7 +23,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,7 @@ from .manifest import (
     SOFT_LABELS,
     Entry,
     StoreContents,
+    checkpoint_file,
     class_counts,
     class_folder,
     files_in,
@@ -117,7 +118,7 @@ class Store:
         """
         root = Path(root).expanduser()
         given = identity(card, class_names, counts)
-        with _writing(root, "Nothing that was there before is lost."):
+        with writing(root, "Nothing that was there before is lost."):
             existed = root.is_dir()
             if existed:
                 _refuse_foreign_folder(root)
@@ -126,7 +127,7 @@ class Store:
             manifest = open_locked(root, MANIFEST, create=True)
         store = cls(root, MANIFEST, manifest)
         try:
-            with _writing(root, "Nothing that was there before is lost."):
+            with writing(root, "Nothing that was there before is lost."):
                 if not existed:
                     sync(root.parent)
                 store._resume(given)
@@ -172,7 +173,7 @@ class Store:
         """
         root = Path(root).expanduser()
         card, name = read_card(root), shard_file(rank)
-        with _writing(root, "Nothing that was there before is lost."):
+        with writing(root, "Nothing that was there before is lost."):
             shard = open_locked(root, name, create=True)
         if os.fstat(shard).st_size:
             os.close(shard)
@@ -255,7 +256,7 @@ class Store:
         """
         self._check_unit(unit, images, records, soft_labels)
         images = images.detach().cpu()
-        with _writing(self.root, f"The {len(self._ids)} images committed so far are safe."):
+        with writing(self.root, f"The {len(self._ids)} images committed so far are safe."):
             labels_sha256 = None
             digests = []
             for image, record in zip(images, records):
@@ -265,12 +266,12 @@ class Store:
                 digests.append(hashlib.sha256(data).hexdigest())
             if soft_labels is not None:
                 path = self.root / soft_label_file(unit)
-                data = safetensors.torch.save({"logits": soft_labels.detach().to("cpu", torch.float16).contiguous()})
+                data = soft_label_bytes(soft_labels)
                 write_atomically(path, data, sync_folder=False)
                 labels_sha256 = hashlib.sha256(data).hexdigest()
 
             entries = [
-                self._entry(unit, len(records), row, record, digest, labels_sha256)
+                make_entry(unit, len(records), row, record, digest, labels_sha256, self.class_names)
                 for row, (record, digest) in enumerate(zip(records, digests))
             ]
             folders = {(self.root / entry.file).parent for entry in entries} | {self.root / IMAGES, self.root}
@@ -286,6 +287,8 @@ class Store:
             self.counts[entry.class_index] += 1
         self._has_soft_labels = soft_labels is not None
         self._image_shape = tuple(images.shape[1:])
+        with suppress(OSError):  # whoever opens the store next tries again
+            (self.root / checkpoint_file(unit)).unlink(missing_ok=True)
 
     def finish(self) -> None:
         """Check that the dataset is whole and mark its card complete, with the images of each class in `counts`.
@@ -299,7 +302,7 @@ class Store:
         self._check_open()
         if self.complete:
             return
-        with _writing(self.root, "The images committed so far are safe."), self._shards() as shards:
+        with writing(self.root, "The images committed so far are safe."), self._shards() as shards:
             entries = read_store(self.root).entries
             self._fold(entries, shards)
             self._know(entries)
@@ -320,7 +323,7 @@ class Store:
         if gaps:
             raise InputError(f"{self.root}: a class's images must be numbered 0, 1, 2 …; gaps in class {some(gaps)}")
         card = {**self.card, "counts": self.counts, "complete": True}
-        with _writing(self.root, f"The {len(entries)} images committed so far are safe."):
+        with writing(self.root, f"The {len(entries)} images committed so far are safe."):
             self._remove_uncommitted()
             if (self.root / CHECKPOINTS).is_dir() and not any((self.root / CHECKPOINTS).iterdir()):
                 (self.root / CHECKPOINTS).rmdir()
@@ -375,24 +378,6 @@ class Store:
             if not soft_labels.to(torch.float16).isfinite().all():
                 raise InputError("soft labels must be finite in float16 (at most 65504); shift or scale the logits")
 
-    def _entry(self, unit: int, unit_size: int, row: int, record: ImageRecord, sha256: str, labels_sha256: str | None) -> Entry:
-        soft_labels = None
-        if labels_sha256 is not None:
-            soft_labels = {"file": soft_label_file(unit), "row": row, "sha256": labels_sha256}
-        return Entry(
-            id=image_id(record.class_index, record.index, len(self.class_names)),
-            file=image_file(record.class_index, record.index, self.class_names),
-            class_index=int(record.class_index),
-            class_name=self.class_names[record.class_index],
-            index=int(record.index),
-            seed=int(record.seed),
-            unit=int(unit),
-            unit_size=unit_size,
-            losses={name: float(value) for name, value in record.losses.items()},
-            sha256=sha256,
-            soft_labels=soft_labels,
-        )
-
     def _append(self, lines: bytes) -> None:
         """Add a unit's lines to the manifest and flush them; on failure the manifest is as it was."""
         size = os.fstat(self._manifest).st_size
@@ -433,6 +418,34 @@ class Store:
                 path.unlink()
 
 
+def make_entry(
+    unit: int,
+    unit_size: int,
+    row: int,
+    record: ImageRecord,
+    sha256: str,
+    labels_sha256: str | None,
+    class_names: Sequence[str],
+) -> Entry:
+    """The manifest's line for the image that is number `row` of its unit."""
+    soft_labels = None
+    if labels_sha256 is not None:
+        soft_labels = {"file": soft_label_file(unit), "row": row, "sha256": labels_sha256}
+    return Entry(
+        id=image_id(record.class_index, record.index, len(class_names)),
+        file=image_file(record.class_index, record.index, class_names),
+        class_index=int(record.class_index),
+        class_name=class_names[record.class_index],
+        index=int(record.index),
+        seed=int(record.seed),
+        unit=int(unit),
+        unit_size=unit_size,
+        losses={name: float(value) for name, value in record.losses.items()},
+        sha256=sha256,
+        soft_labels=soft_labels,
+    )
+
+
 def replace_manifest(root: Path, entries: Sequence[Entry]) -> int | None:
     """Makes manifest.jsonl hold `entries` in the order of their units; None where it does already.
 
@@ -456,7 +469,7 @@ def replace_manifest(root: Path, entries: Sequence[Entry]) -> int | None:
 
 
 @contextmanager
-def _writing(root: Path, consolation: str) -> Iterator[None]:
+def writing(root: Path, consolation: str) -> Iterator[None]:
     """Turns the operating system's refusals into an InputError that names the path and says what became of the rest."""
     try:
         yield
@@ -526,6 +539,11 @@ def png_bytes(image: Tensor) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels.contiguous().numpy()).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def soft_label_bytes(logits: Tensor) -> bytes:
+    """Floating [n, K] → a safetensors file's bytes."""
+    return safetensors.torch.save({"logits": logits.detach().to("cpu", torch.float16).contiguous()})
 
 
 def _png_shape(path: Path) -> tuple[int, int, int]:

@@ -1,14 +1,17 @@
 """The driver: a config, and one readable loop from noise to images on disk.
 
 Work is cut into units, one optimised batch each, whose images, seeds and random views depend on nothing but the config, so
-that a run that was stopped goes on with the next unit and ends with the same images.
+that a run that was stopped goes on where it was and ends with the same images. Under torchrun the units are dealt to the ranks,
+or to teams of ranks, which need not talk while they work.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,17 +22,21 @@ from tqdm import tqdm
 
 from . import backends
 from .augment import Augmentation
+from .card import CARD, read_card
 from .datasets import load_dataset
-from .errors import InputError
+from .distributed import Ranks, Team, choose_device
+from .errors import BnfuseError, InputError, Interrupted, UnitWarning
 from .fusion import fuse
 from .matching import Matcher
 from .models import Teacher
 from .objective import Objective
-from .optimisation import derive_seed, optimise
+from .optimisation import NonFiniteLoss, derive_seed, optimise
 from .pictures import ContactSheet
 from .reference import DISTANCES
+from .signals import Stop
+from .snapshots import UnitCheckpoint
 from .statistics import ClassStatistics
-from .store import ImageRecord, Store
+from .store import ImageRecord, Store, is_store
 
 TARGETS = ("class", "global", "running")
 
@@ -115,6 +122,15 @@ class SynthesisConfig:
             raise InputError(f"{self.classes_per_batch} classes do not fit a batch of {self.batch_size} images")
         Augmentation(self.jitter, self.flip, self.crop_scale)  # checks its own
 
+    @classmethod
+    def from_card(cls, card: dict) -> SynthesisConfig:
+        """The config that a dataset was begun with. InputError where the card has none that this version knows."""
+        fields = card.get("config", {})
+        try:
+            return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+        except TypeError as error:
+            raise InputError(f"the card has no config that this bnfuse knows ({error}): use the version on the card") from error
+
     @property
     def total_iterations(self) -> int:
         return self.low_resolution_iterations + self.iterations
@@ -167,82 +183,248 @@ def synthesize(
     device: str | torch.device | None = None,
     backend: str = "auto",
     progress: bool = True,
+    ranks_per_batch: int = 1,
+    checkpoint_every: int = 0,
+    retries: int = 2,
+    threads: int | None = None,
 ) -> SynthesisResult:
     """Makes a synthetic dataset from noise and stores it, one unit after the other.
 
-    Called again with the same arguments after it was stopped, it continues; called when done, it returns at once.
+    Called again with the same arguments after it was stopped, it continues; called when done, it returns at once. Called on
+    every rank under torchrun, it deals the units to the ranks; the number of ranks may be another each time. On the CPU the
+    images are the same, byte for byte, whatever the number of ranks and however often they were stopped.
 
     Parameters
     ----------
     teacher : the frozen network and its preprocessing
     statistics : recorded with that teacher; None only with ``config.targets == "running"``
-    out : folder of the dataset, see `store`; its contact_sheet.png is refreshed while the images form
-    device : default CUDA where there is one
+    out : folder of the dataset, see `store`; all ranks must see it. Its contact_sheet.png is refreshed while the images form
+    device : default CUDA where there is one, under torchrun the one of LOCAL_RANK
     backend : see `bnfuse.backends`
+    progress : show a bar, on the first rank
+    ranks_per_batch : ranks that share each batch; then the images are the same to rounding
+    checkpoint_every : steps from one checkpoint of a unit to the next, 0 for none; when a SIGTERM or SIGINT comes one is
+        written in any case
+    retries : how often a unit whose loss is not finite is made again, each time from other seeds
+    threads : with which the CPU computes, on each rank; they decide how sums are rounded, so a dataset is continued with the
+        number that it was begun with (default that, or torch's number)
 
     Raises
     ------
     InputError : config, statistics and teacher do not fit, or `out` holds another dataset
+    Interrupted : a SIGTERM or SIGINT came; what was made is safe
+    BnfuseError : a unit's loss was not finite, however it was begun
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    source = _Source.of(teacher, statistics, config)
-    matcher = source.matcher(config)
-    objective = Objective(
-        fuse(teacher.model.to(device), backend=backend),
-        matcher.to(device),
-        config.ce_weight,
-        config.bn_weight,
-        config.tv_weight,
-        config.l2_weight,
-    )
-    units = plan(config, range(len(source.names)))
-    card = source.card(config, backends.resolve(backend, device.type))
-    counts = [config.images_per_class] * len(source.names)
-    started, made, losses = time.monotonic(), 0, {}
-    with Store.open(out, card=card, class_names=source.names, counts=counts) as store:
-        display = _Display(store, len(units), config, teacher, progress)
-        for unit in units:
-            if unit.number in store.done:
-                continue
-            rows = [source.rows[k] for k in unit.classes]
-            seeds = [derive_seed(config.seed, row, index) for row, index in zip(rows, unit.indices)]
-            labels = torch.tensor(rows, device=device)
-            images, losses = optimise(
-                objective, labels, source.outputs(labels), seeds, unit.number, teacher, config, partial(display.show, unit)
-            )
-            pixels = _to_pixels(images, teacher)
-            records = [ImageRecord(k, i, seed, losses) for k, i, seed in zip(unit.classes, unit.indices, seeds)]
-            soft = _soft_labels(objective, pixels, teacher, source, device) if config.soft_labels else None
-            store.commit(unit.number, pixels, records, soft)
-            made += len(pixels)
-        store.finish()
-        display.close()
-    return SynthesisResult(Path(out), sum(counts), made, time.monotonic() - started, losses)
+    out = Path(out).expanduser()
+    ranks = Ranks.start(ranks_per_batch)
+    device = choose_device(device)
+    maker = UnitMaker(teacher, statistics, config, device, backend)
+    names = maker.source.names
+    units = plan(config, range(len(names)))
+    counts = [config.images_per_class] * len(names)
+    started, losses = time.monotonic(), {}
+    store: Store | None = None
+
+    def begin() -> dict:
+        nonlocal store
+        card = maker.source.card(config, maker.backend, _threads(threads, device, out))
+        store = Store.open(out, card=card, class_names=names, counts=counts)
+        return {"threads": card["threads"], "done": sorted(store.done)}
+
+    with Stop(quiet=not ranks.first) as stop, ranks:
+        begun = ranks.from_first(begin, stop)
+        done = set(begun["done"])
+        todo = [unit for unit in units if unit.number not in done]
+        mine = todo[ranks.team_number :: ranks.teams]
+        if store is None and ranks.writes and mine:
+            store = Store.join(out, ranks.rank, begun["done"])
+        display = _Display(store, sum(counts), len(units), config, teacher, progress) if ranks.first else None
+        show = display.show if display else (lambda *_: None)
+        try:
+            with computing_with(begun["threads"]):
+                for unit in mine:
+                    checkpoint = UnitCheckpoint(
+                        out, unit.number, config.total_iterations, every=checkpoint_every, stop=stop, team=ranks.team
+                    )
+                    images, records = maker.make(unit, partial(show, unit), retries, team=ranks.team, checkpoint=checkpoint)
+                    losses = records[0].losses
+                    if ranks.writes:
+                        store.commit(unit.number, images, records, maker.soft_labels(images))
+                    stop.check()
+            if not ranks.first and store is not None:
+                store.close()  # the first rank waits for this, to fold the shards in
+            ranks.wait(stop)
+            if ranks.first:
+                store.finish()
+                display.sheet.final()
+        except Interrupted as stopped:
+            safe = f"{display.committed()} of {sum(counts)} images are safe in {out}" if ranks.first else ""
+            kept = "; ".join(filter(None, (stopped.kept, safe, "the same command goes on")))
+            raise Interrupted(stopped.signal, kept) from None
+        finally:
+            if display is not None:
+                display.bar.close()
+            if store is not None:
+                store.close()
+    made = sum(len(unit.classes) for unit in todo)
+    return SynthesisResult(out, sum(counts), made, time.monotonic() - started, losses)
+
+
+def _threads(asked: int | None, device: torch.device, out: Path) -> int | None:
+    """With how many threads the dataset `out` is made; None for GPUs, where it does not matter."""
+    if asked is not None and asked < 1:
+        raise InputError(f"threads must be at least 1, got {asked}")
+    if device.type != "cpu":
+        return None
+    before = read_card(out).get("threads") if asked is None and is_store(out) and (out / CARD).exists() else None
+    return asked or before or torch.get_num_threads()
+
+
+@contextmanager
+def computing_with(threads: int | None) -> Iterator[None]:
+    """torch computes with so many threads on the CPU; None leaves their number as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Display:
-    """The progress bar of a run, and its contact sheet."""
+    """The progress bar of a run, which shows the work of all ranks, and its contact sheet."""
 
-    def __init__(self, store: Store, units: int, config: SynthesisConfig, teacher: Teacher, progress: bool):
+    def __init__(self, store: Store, images: int, units: int, config: SynthesisConfig, teacher: Teacher, progress: bool):
         self.store, self.units, self.steps, self.teacher = store, units, config.total_iterations, teacher
         self.sheet = ContactSheet(store.root, store.class_names)
-        done = len(store.done) * self.steps
-        self.bar = tqdm(total=units * self.steps, initial=done, desc="synthesising", unit="it", disable=not progress)
+        self.others, self.asked = 0, time.monotonic()
+        self.bar = tqdm(
+            total=images, initial=self.committed(), desc="synthesising", unit="img", unit_scale=True, disable=not progress
+        )
+
+    def committed(self) -> int:
+        """The images that all ranks have committed."""
+        return sum(self.store.counts) + self.store.committed_by_others()
 
     def show(self, unit: Unit, step: int, images: Tensor, terms: dict[str, float]) -> None:
-        self.bar.set_postfix({"unit": f"{unit.number + 1}/{self.units}"} | {k: f"{v:.3g}" for k, v in terms.items()})
-        self.bar.update(len(self.store.done) * self.steps + step - self.bar.n)
-        self.sheet.refresh(unit, lambda: _to_pixels(images, self.teacher))
+        if time.monotonic() - self.asked > 2:
+            self.others, self.asked = self.store.committed_by_others(), time.monotonic()
+        self.bar.set_postfix({"unit": f"{unit.number + 1}/{self.units}"} | {k: f"{v:.3g}" for k, v in terms.items()}, False)
+        forming = len(images) * step / self.steps
+        self.bar.update(sum(self.store.counts) + self.others + forming - self.bar.n)
+        self.sheet.refresh(unit, lambda: to_pixels(images, self.teacher))
 
-    def close(self) -> None:
-        self.bar.close()
-        self.sheet.final()
+
+class UnitMaker:
+    """All that it takes to make the images of a unit, the same ones at every call.
+
+    Attributes
+    ----------
+    source : teacher, statistics and classes
+    backend : the kernels that run, by name
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        statistics: ClassStatistics | None,
+        config: SynthesisConfig,
+        device: torch.device,
+        backend: str,
+    ):
+        self.teacher, self.config, self.device = teacher, config, device
+        self.source = Source.of(teacher, statistics, config)
+        matcher = self.source.matcher(config)
+        self.backend = backends.resolve(backend, device.type)
+        self.objective = Objective(
+            fuse(teacher.model.to(device), backend=backend),
+            matcher.to(device),
+            config.ce_weight,
+            config.bn_weight,
+            config.tv_weight,
+            config.l2_weight,
+        )
+
+    def seeds(self, unit: Unit, attempt: int = 0) -> list[int]:
+        """One an image; those of the first attempt, and others for every further one."""
+        more = ("attempt", attempt) if attempt else ()
+        rows = [self.source.rows[k] for k in unit.classes]
+        return [derive_seed(self.config.seed, row, index, *more) for row, index in zip(rows, unit.indices)]
+
+    def make(
+        self,
+        unit: Unit,
+        show: Callable[[int, Tensor, dict[str, float]], None] = lambda *_: None,
+        retries: int = 0,
+        *,
+        attempt: int = 0,
+        team: Team | None = None,
+        checkpoint: UnitCheckpoint | None = None,
+    ) -> tuple[Tensor, list[ImageRecord]]:
+        """The unit's images, uint8 [N, C, H, W], and what is recorded of them.
+
+        Parameters
+        ----------
+        show : see `optimise`
+        retries : how many further attempts there may be where the loss is not finite
+        attempt : the first one
+        team : the ranks that share the batch, default this one alone
+        checkpoint : of this unit; what it holds is gone on from
+
+        Raises
+        ------
+        BnfuseError : no attempt had a finite loss
+        Interrupted : from the checkpoint
+        """
+        labels = torch.tensor([self.source.rows[k] for k in unit.classes], device=self.device)
+        state = checkpoint.load() if checkpoint else None
+        attempt = checkpoint.attempt if state else attempt
+        while True:
+            seeds = self.seeds(unit, attempt)
+            try:
+                images, losses = optimise(
+                    self.objective,
+                    labels,
+                    self.source.outputs(labels),
+                    seeds,
+                    unit.number,
+                    self.teacher,
+                    self.config,
+                    show,
+                    team=team or Team(),
+                    state=state,
+                    checkpoint=checkpoint,
+                )
+                break
+            except NonFiniteLoss as error:
+                if attempt >= retries:
+                    tried = f" {attempt + 1} different sets of seeds all came to this." if attempt else ""
+                    raise BnfuseError(
+                        f"{error}.{tried} What was committed is safe. Let it try more often (retries, --retries), or make a "
+                        "new dataset with other settings"
+                    ) from error
+                attempt, state = attempt + 1, None
+                warnings.warn(f"{error}. Unit {unit.number} begins anew from other seeds", UnitWarning, stacklevel=2)
+                if checkpoint is not None:
+                    checkpoint.remove()
+                    checkpoint.attempt = attempt
+        records = [ImageRecord(k, i, seed, losses) for k, i, seed in zip(unit.classes, unit.indices, seeds)]
+        return to_pixels(images, self.teacher), records
+
+    @torch.no_grad()
+    def soft_labels(self, images: Tensor) -> Tensor | None:
+        """The teacher's logits of stored images, uint8 [N, C, H, W], for the classes of the dataset: [N, K]; None where the
+        config wants none."""
+        if not self.config.soft_labels:
+            return None
+        logits, _ = self.objective.teacher(self.teacher.preprocessing.normalize(images.to(self.device).float() / 255))
+        return logits[:, self.source.outputs(torch.tensor(self.source.rows, device=self.device))]
 
 
 @torch.no_grad()
 def recognised(teacher: Teacher, statistics: ClassStatistics | None, out: str | Path, config: SynthesisConfig) -> float:
     """The fraction of a finished dataset's images, as stored, that the teacher takes for what was asked of them."""
-    source = _Source.of(teacher, statistics, config)
+    source = Source.of(teacher, statistics, config)
     data = load_dataset(str(out))
     device = next(teacher.model.parameters()).device
     wanted = source.outputs(torch.tensor(source.rows))[data.labels]  # int64 [N]
@@ -254,21 +436,14 @@ def recognised(teacher: Teacher, statistics: ClassStatistics | None, out: str | 
     return right / len(data)
 
 
-def _to_pixels(images: Tensor, teacher: Teacher) -> Tensor:
+def to_pixels(images: Tensor, teacher: Teacher) -> Tensor:
     """Normalised [N, C, H, W] → uint8, rounded."""
     pixels = teacher.preprocessing.denormalize(images.detach().float())
     return (pixels.clamp(0, 1) * 255).round().to("cpu", torch.uint8).contiguous()
 
 
-@torch.no_grad()
-def _soft_labels(objective: Objective, pixels: Tensor, teacher: Teacher, source: _Source, device: torch.device) -> Tensor:
-    """The teacher's logits of the stored images for the classes of the dataset: [N, K]."""
-    logits, _ = objective.teacher(teacher.preprocessing.normalize(pixels.to(device).float() / 255))
-    return logits[:, source.outputs(torch.tensor(source.rows, device=device))]
-
-
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """What the images are made of: teacher, statistics, and the classes chosen from them.
 
     `names[k]` is class k of the new dataset; `rows[k]` its row in the target table, the class's number in the original.
@@ -280,7 +455,7 @@ class _Source:
     rows: list[int]
 
     @classmethod
-    def of(cls, teacher: Teacher, statistics: ClassStatistics | None, config: SynthesisConfig) -> _Source:
+    def of(cls, teacher: Teacher, statistics: ClassStatistics | None, config: SynthesisConfig) -> Source:
         if statistics is None:
             if config.targets != "running":
                 raise InputError(
@@ -318,12 +493,13 @@ class _Source:
             return rows
         return torch.tensor(self.statistics.outputs, device=rows.device)[rows]
 
-    def card(self, config: SynthesisConfig, backend: str) -> dict:
+    def card(self, config: SynthesisConfig, backend: str, threads: int | None) -> dict:
         """What it takes to make the dataset again."""
         statistics = self.statistics
         return {
             "config": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()},
             "backend": backend,
+            "threads": threads,
             "teacher": {
                 "architecture": self.teacher.architecture,
                 "fingerprint": self.teacher.fingerprint,
