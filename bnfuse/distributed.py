@@ -166,17 +166,18 @@ class Ranks:
         self._wait_for(dist.broadcast(buffer, 0, async_op=True), stop)
         return json.loads(buffer.numpy().tobytes())
 
-    def wait(self, stop: Stop | None = None) -> None:
-        """Returns when every rank has come here."""
+    def wait(self, stop: Stop | None = None, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Returns when every rank has come here; until then calls `meanwhile` again and again."""
         if self.world > 1:
-            self._wait_for(dist.all_reduce(torch.zeros(1), async_op=True), stop)
+            self._wait_for(dist.all_reduce(torch.zeros(1), async_op=True), stop, meanwhile)
 
-    def _wait_for(self, work: dist.Work, stop: Stop | None) -> None:
+    def _wait_for(self, work: dist.Work, stop: Stop | None, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Waits in small steps, since Python sees no signal while it is inside a collective operation."""
         try:
             while not work.is_completed():
                 if stop is not None:
                     stop.check()
+                meanwhile()
                 time.sleep(0.02)
             work.wait()
         except RuntimeError as error:

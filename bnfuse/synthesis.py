@@ -253,10 +253,10 @@ def synthesize(
                     stop.check()
             if not ranks.first and store is not None:
                 store.close()  # the first rank waits for this, to fold the shards in
-            ranks.wait(stop)
+            ranks.wait(stop, display.count if display else lambda: None)
             if ranks.first:
                 store.finish()
-                display.sheet.final()
+                display.finish()
         except Interrupted as stopped:
             safe = f"{display.committed()} of {sum(counts)} images are safe in {out}" if ranks.first else ""
             kept = "; ".join(filter(None, (stopped.kept, safe, "the same command goes on")))
@@ -307,12 +307,19 @@ class _Display:
         return sum(self.store.counts) + self.store.committed_by_others()
 
     def show(self, unit: Unit, step: int, images: Tensor, terms: dict[str, float]) -> None:
+        self.bar.set_postfix({"unit": f"{unit.number + 1}/{self.units}"} | {k: f"{v:.3g}" for k, v in terms.items()}, False)
+        self.count(len(images) * step / self.steps)
+        self.sheet.refresh(unit, lambda: to_pixels(images, self.teacher))
+
+    def count(self, forming: float = 0) -> None:
+        """Moves the bar to what all ranks have committed, and the share of the batch that is forming on this one."""
         if time.monotonic() - self.asked > 2:
             self.others, self.asked = self.store.committed_by_others(), time.monotonic()
-        self.bar.set_postfix({"unit": f"{unit.number + 1}/{self.units}"} | {k: f"{v:.3g}" for k, v in terms.items()}, False)
-        forming = len(images) * step / self.steps
         self.bar.update(sum(self.store.counts) + self.others + forming - self.bar.n)
-        self.sheet.refresh(unit, lambda: to_pixels(images, self.teacher))
+
+    def finish(self) -> None:
+        self.bar.update(self.bar.total - self.bar.n)
+        self.sheet.final()
 
 
 class UnitMaker:
