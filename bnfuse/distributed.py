@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from .signals import Stop
 
 Result = TypeVar("Result")
 
+# By then every rank has loaded teacher and statistics.
+_START_TIMEOUT = timedelta(minutes=30)
 # Ranks wait for each other at the end of a run, and one may have hours more to do than another. torchrun ends the rest when
 # one dies, so a timeout need not.
 _TIMEOUT = timedelta(days=7)
@@ -110,11 +113,12 @@ class Ranks:
             return cls()
         if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
             raise InputError(f"WORLD_SIZE is {world}, but {', '.join(missing)} is not set: start the ranks with torchrun")
-        _end_with_parent()
+        _end_with_launcher()
         started = not dist.is_initialized()
         if started:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-            dist.init_process_group(backend, timeout=_TIMEOUT)
+            store, number, _ = next(dist.rendezvous("env://", timeout=_START_TIMEOUT))
+            dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=_TIMEOUT)
         number = dist.get_rank() // ranks_per_batch
         team = Team()
         if ranks_per_batch > 1:
@@ -200,10 +204,19 @@ def _number(name: str, default: int) -> int:
     return default if value is None else int(value)
 
 
-def _end_with_parent() -> None:
-    """If torchrun is killed, its ranks get a SIGTERM: otherwise they would keep the dataset locked. Linux alone can do it."""
+def _end_with_launcher() -> None:
+    """If torchrun is killed, its ranks get a SIGTERM: otherwise they would keep the dataset locked. Linux alone can do it.
+
+    Raises InputError where torchrun has gone already.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun itself listens there
+        address = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
+        try:
+            socket.create_connection(address, timeout=60).close()
+        except OSError as error:
+            raise InputError(f"torchrun does not answer at {address[0]}:{address[1]}, so this rank ends: {error}") from error
 
 
 # ---- the ranks that share a batch ----

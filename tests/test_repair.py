@@ -161,9 +161,7 @@ def test_refusals(teacher, made):
     before = tree(made)
     torch.manual_seed(1)
     other = replace(teacher, model=freeze(CifarResNet(8, 10, 1, width=4)))
-    with pytest.raises(
-        InputError, match="(?s)teacher.fingerprint: given .* Repair it with|teacher.fingerprint(?s:.)*Repair it with"
-    ):
+    with pytest.raises(InputError, match="(?s)teacher.fingerprint: given .*Repair it with"):
         mend(other, made)
     with pytest.raises(InputError, match="is not a folder"):
         mend(teacher, made / "nowhere")
