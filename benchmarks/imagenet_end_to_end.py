@@ -1,12 +1,12 @@
 """ImageNet from end to end as docs/imagenet.md tells it, disturbed on purpose, and what came of it.
 
-    python benchmarks/imagenet_end_to_end.py --data DIR    # DIR as in BNFUSE_DATA: mobilenet_v1.py, its weights, imagenette_1200.zip
-    python benchmarks/imagenet_end_to_end.py --data DIR --quick
+    python benchmarks/imagenet_end_to_end.py --data DIR            # DIR as in BNFUSE_DATA
+    python benchmarks/imagenet_end_to_end.py --data DIR --quick    # to see that all of it runs
 
-Ten classes at 224: the statistics are recorded; two ranks under torchrun synthesise, and are killed, once by SIGKILL at a random
-place and once by SIGTERM; one rank goes on to the end; a bit is flipped in an image, found, and repaired; a student learns from
-the images and is tested on real ones. Every step is a bnfuse command, printed before it runs. Figures go to
-benchmarks/results/imagenet_end_to_end.json.
+Of the data it needs mobilenet_v1.py with its weights, and imagenette_1200.zip. The statistics of ten classes are recorded at 224;
+two ranks under torchrun synthesise, and are killed, once by SIGKILL and once by SIGTERM; one rank goes on to the end; a bit is
+flipped in an image, found, and repaired; a student learns from the images and is tested on real ones. Every step is a bnfuse
+command, printed before it runs. Figures go to benchmarks/results/imagenet_end_to_end.json.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Steps:
         return printed
 
     def run_and_kill(self, name: str, number: signal.Signals, images: int) -> int:
-        """Two ranks, killed once so many images are committed and two more units are half done; returns the images then."""
+        """Two ranks, killed once so many images are committed and more are half done; returns the images committed then."""
         begun = time.monotonic()
         process = self.start(f"{TORCHRUN} {self.synthesize}")
         while self.committed() < images or not any(self.checkpoints()):
