@@ -6,13 +6,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
 SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*) setup.py
 
-.PHONY: demo test bench bench-quick bench-demo gpu install clean
+.PHONY: demo test chaos bench bench-quick bench-demo gpu install clean
 
 demo: install  ## the whole flow on real handwritten digits, into runs/demo
 	$(BIN)/bnfuse demo
 
 test: install  ## every test
 	$(BIN)/python -m pytest
+
+chaos: install  ## kills a synthesis 50 times at random; it has to end with the same bytes
+	$(BIN)/python tests/chaos.py
 
 # BENCH="--threads 4", BENCH="--device cuda" and the like: see benchmarks/conftest.py
 bench: install  ## every site, step and network against its rivals, into benchmarks/results and the README

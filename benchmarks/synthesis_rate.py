@@ -22,8 +22,8 @@ from bnfuse.models import Teacher, freeze
 from bnfuse.networks import CifarResNet
 from bnfuse.objective import Objective
 from bnfuse.optimisation import optimise
+from bnfuse.plans import plan
 from bnfuse.seeds import derive_seed
-from bnfuse.synthesis import plan
 from bnfuse.training import measure_preprocessing
 
 

@@ -16,12 +16,15 @@ from .errors import BackendError, BnfuseError, InputError
 from .exporting import export
 from .fusion import fuse
 from .labels import Labels
+from .manifest import verify
 from .matching import Matcher, group_by_class
 from .models import Teacher, freeze, load_teacher
+from .plans import SynthesisConfig
 from .preprocessing import Preprocessing
 from .relabelling import RelabelConfig, relabel
+from .repair import repair
 from .statistics import ClassStatistics, record
-from .synthesis import SynthesisConfig, synthesize
+from .synthesis import synthesize
 from .training import TrainConfig, evaluate, train
 
 __all__ = [
@@ -45,6 +48,8 @@ __all__ = [
     "load_teacher",
     "record",
     "relabel",
+    "repair",
     "synthesize",
     "train",
+    "verify",
 ]

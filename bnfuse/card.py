@@ -82,24 +82,24 @@ def card_bytes(card: dict) -> bytes:
     return (json.dumps(card, indent=2) + "\n").encode()
 
 
-def refuse_other_identity(root: Path, given: dict, card: dict) -> None:
+_OTHER_SETTINGS = "Choose another --out, or delete {root} to begin again; the settings it was begun with continue it."
+
+
+def refuse_other_identity(root: Path, given: dict, card: dict, remedy: str = _OTHER_SETTINGS) -> None:
     """InputError, naming each difference, unless the store with this card was begun with the identity `given`."""
     existing = {name: value for name, value in card.items() if name != "complete"}
     if given["counts"] is None:  # then `finish` filled them in
         existing["counts"] = None
-    refuse_differences(root, given, existing, "a dataset")
+    refuse_differences(root, given, existing, "a dataset", remedy)
 
 
-def refuse_differences(root: Path, given: dict, existing: dict, what: str) -> None:
+def refuse_differences(root: Path, given: dict, existing: dict, what: str, remedy: str = _OTHER_SETTINGS) -> None:
     """InputError, naming each difference, where `root` holds `what` and it was begun with other settings than `given`."""
     differences = list(_differences(given, existing))
     if differences:
         shown = "\n".join(f"  {line}" for line in differences[:10])
         more = f"\n  and {len(differences) - 10} more" if len(differences) > 10 else ""
-        raise InputError(
-            f"{root} holds {what} that was begun with other settings:\n{shown}{more}\n"
-            f"Choose another --out, or delete {root} to begin again; the settings it was begun with continue it."
-        )
+        raise InputError(f"{root} holds {what} that was begun with other settings:\n{shown}{more}\n" + remedy.format(root=root))
 
 
 def _differences(given: object, existing: object, path: str = "") -> Iterator[str]:

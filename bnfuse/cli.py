@@ -17,38 +17,58 @@ from .configs import add_flags, from_flags
 from .datasets import SPEC_GRAMMAR as DATASET_GRAMMAR
 from .datasets import load_dataset
 from .demo import run_demo
+from .distributed import OtherRankFailed, choose_device, rank
 from .doctor import report
-from .errors import BnfuseError, InputError
+from .errors import BnfuseError, InputError, Interrupted, UnitWarning
 from .estimate import readable_bytes
 from .exporting import FORMATS, export
 from .labels import RELABEL, Labels, images_digest
-from .manifest import is_store, read_store
+from .manifest import inspect, is_store, read_store, some
 from .models import SPEC_GRAMMAR, Teacher, load_teacher
+from .plans import SynthesisConfig
 from .preprocessing import Preprocessing
 from .relabelling import RelabelConfig, relabel
+from .repair import repair
 from .statistics import MINIMUM_IMAGES, ClassStatistics, record
-from .synthesis import SynthesisConfig, recognised, synthesize
+from .synthesis import synthesize
 from .training import TrainConfig, train
+from .units import recognised
 
 _GRAMMARS = f"A dataset is named by one of\n{textwrap.indent(DATASET_GRAMMAR, '  ')}\n{SPEC_GRAMMAR}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a subcommand. Returns the exit status: 0, 2 for an error the user can mend, 130 when interrupted."""
+    """Runs a subcommand.
+
+    Returns the exit status: 0, 1 where `verify` found something wrong, 2 for an error the user can mend, 130 when interrupted,
+    143 when terminated.
+    """
     args = _parser().parse_args(argv)
-    warnings.showwarning = lambda message, *_: print(f"bnfuse: note: {message}", file=sys.stderr)
+    number = rank()
+    name = f"bnfuse: rank {number}:" if number else "bnfuse:"
+
+    def say(text: str) -> None:
+        print(f"{name} {text}", file=sys.stderr, flush=True)
+
+    def note(message, category, *_) -> None:
+        if not number or issubclass(category, UnitWarning):  # what the first rank says need not be said by all
+            say(f"note: {message}")
+
+    warnings.showwarning = note
     try:
-        args.run(args)
-    except BnfuseError as error:
-        print(f"bnfuse: error: {error}", file=sys.stderr)
+        return args.run(args) or 0
+    except OtherRankFailed as error:
+        say(str(error))
         return 2
-    except OSError as error:  # a full disk, a missing permission: files are written whole or not at all, so nothing is torn
-        print(f"bnfuse: error: {error}", file=sys.stderr)
+    except Interrupted as stopped:
+        say(str(stopped))
+        return 128 + stopped.signal
+    except (BnfuseError, OSError) as error:  # OSError: a full disk, a missing permission; no file is ever torn
+        say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        print("bnfuse: stopped; the same command goes on with what is not done yet", file=sys.stderr)
+        say("stopped; the same command goes on with what is not done yet")
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"bnfuse {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_train, _add_record, _add_synthesize, _add_relabel, _add_export, _add_demo, _add_doctor):
+    adders = (_add_train, _add_record, _add_synthesize, _add_verify, _add_relabel, _add_export, _add_demo, _add_doctor)
+    for add in adders:
         add(commands)
     return parser
 
@@ -208,26 +229,46 @@ def _add_synthesize(commands) -> None:
         commands,
         "synthesize",
         _synthesize,
-        "Make a synthetic dataset from noise. Stopped and started again, it continues.",
+        "Make a synthetic dataset from noise. Stopped and started again, it continues. Under torchrun, many ranks make it.",
         SPEC_GRAMMAR,
     )
     _add_teacher(parser)
     parser.add_argument("--statistics", type=Path, metavar="FILE", help="what `bnfuse record` wrote")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the dataset")
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="which kernels run (default auto)")
-    parser.add_argument(
-        "--micro-batch",
-        type=int,
-        metavar="N",
-        help="images that are in the network together, as many as memory allows (default all); the batch stays --batch-size",
-    )
+    _add_kernels(parser)
     parser.add_argument(
         "--offload", action="store_true", help="keep the batch's images off the device, but a micro-batch of them"
     )
     parser.add_argument(
+        "--ranks-per-batch",
+        type=int,
+        default=1,
+        metavar="R",
+        help="under torchrun, ranks that share each batch (default 1: every rank makes batches of its own)",
+    )
+    parser.add_argument(
+        "--checkpoint-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="keep a batch that is being made every N iterations (default 0: only when SIGTERM or SIGINT stops the run)",
+    )
+    parser.add_argument(
+        "--retries",
+        type=int,
+        default=2,
+        metavar="N",
+        help="how often a batch whose loss is not finite is made again from other seeds (default 2)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="of the CPU, for each rank; the same number gives the same bytes (default that which the dataset was begun with)",
+    )
+    parser.add_argument(
         "--tensorboard", type=Path, metavar="FOLDER", help="write losses, learning rate and pace for TensorBoard"
     )
-    _add_device(parser)
     add_flags(parser, SynthesisConfig)
 
 
@@ -240,17 +281,81 @@ def _synthesize(args) -> None:
         statistics,
         args.out,
         config,
-        device=_device(args),
+        device=args.device,
         backend=args.backend,
         micro_batch=args.micro_batch,
         offload=args.offload,
         tensorboard=args.tensorboard,
+        ranks_per_batch=args.ranks_per_batch,
+        checkpoint_every=args.checkpoint_every,
+        retries=args.retries,
+        threads=args.threads,
     )
+    if rank():
+        return
     rate = f" in {result.seconds:.0f} s" if result.made else ", which were there already"
     print(f"{result.images} images, {result.made} made now{rate}: {result.out / 'images'}")
     share = recognised(teacher, statistics, result.out, config, micro_batch=args.micro_batch)
     print(f"the teacher takes {share:.1%} of them for what was asked")
     print(f"look at {result.out / 'contact_sheet.png'}; train on it with `bnfuse train --data {result.out}`")
+
+
+# ---- bnfuse verify ----
+
+
+def _add_verify(commands) -> None:
+    parser = _command(
+        commands,
+        "verify",
+        _verify,
+        "Hold every file of a synthetic dataset against its hash; make again what is damaged.",
+        SPEC_GRAMMAR,
+    )
+    parser.add_argument(
+        "data", type=Path, metavar="DIR", help="the dataset, finished or not; exit status 1 if anything is wrong"
+    )
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="make damaged and missing images again, with the --teacher and --statistics that the dataset was made from",
+    )
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="with --repair: take images that differ from those that were there, as those from another machine may",
+    )
+    _add_teacher(parser, required=False)
+    parser.add_argument("--statistics", type=Path, metavar="FILE", help="what `bnfuse record` wrote")
+    _add_kernels(parser)
+
+
+def _verify(args) -> int:
+    if args.repair and args.teacher is None:
+        raise InputError("--repair makes images again: give the --teacher and --statistics that the dataset was made from")
+    if not args.repair:
+        problems = inspect(args.data, progress=True).problems
+        print("\n".join(problems) or f"{args.data}: every file is as it was written, and nothing is missing")
+        return bool(problems)
+    statistics = None if args.statistics is None else ClassStatistics.load(args.statistics)
+    result = repair(
+        _load_teacher(args),
+        statistics,
+        args.data,
+        accept_changes=args.accept_changes,
+        device=args.device,
+        backend=args.backend,
+        micro_batch=args.micro_batch,
+    )
+    for what, lines in (("found", result.found), ("made again", result.restored), ("replaced", result.replaced)):
+        for line in lines:
+            print(f"{what}: {line}")
+    if result.differing:
+        print(
+            f"{len(result.differing)} files would not be what they were ({some(result.differing)}): another processor, or"
+            " other versions, round otherwise. Nothing was done to them; --accept-changes takes them as they come out now"
+        )
+    print("\n".join(["what is left:", *result.problems]) if result.problems else "now everything is as it should be")
+    return bool(result.problems)
 
 
 # ---- bnfuse relabel ----
@@ -321,11 +426,15 @@ def _add_demo(commands) -> None:
     parser = _command(
         commands,
         "demo",
-        lambda args: run_demo(args.out, seed=args.seed),
+        _demo,
         "The whole flow on scikit-learn's handwritten digits: teacher, statistics, synthesis, students, pictures.",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder (default runs/demo)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
+
+
+def _demo(args) -> None:
+    run_demo(args.out, seed=args.seed)
 
 
 def _add_doctor(commands) -> None:
@@ -340,8 +449,8 @@ def _add_doctor(commands) -> None:
 # ---- flags that several subcommands share ----
 
 
-def _add_teacher(parser) -> None:
-    parser.add_argument("--teacher", required=True, metavar="MODEL", help="the pretrained network, see below")
+def _add_teacher(parser, required: bool = True) -> None:
+    parser.add_argument("--teacher", required=required, metavar="MODEL", help="the pretrained network, see below")
     parser.add_argument("--weights", metavar="FILE|NAME", help="its weights, see below")
     parser.add_argument("--num-classes", type=int, metavar="K", help="its outputs, where the weights do not tell")
     _add_image_flags(parser)
@@ -352,6 +461,17 @@ def _add_image_flags(parser) -> None:
     parser.add_argument("--mean", type=float, nargs="+", metavar="M", help="of the pixels in [0, 1], one a channel")
     parser.add_argument("--std", type=float, nargs="+", metavar="S", help="of the pixels in [0, 1], one a channel")
     parser.add_argument("--download", action="store_true", help="let torchvision download CIFAR-10 if it is not there")
+
+
+def _add_kernels(parser) -> None:
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="which kernels run (default auto)")
+    parser.add_argument(
+        "--micro-batch",
+        type=int,
+        metavar="N",
+        help="images that are in the network together, as many as memory allows (default all); the batch stays --batch-size",
+    )
+    _add_device(parser)
 
 
 def _add_device(parser) -> None:
@@ -393,7 +513,7 @@ def _load_teacher(args) -> Teacher:
 
 def _device(args) -> torch.device:
     try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = choose_device(args.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises AssertionError
         raise InputError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error

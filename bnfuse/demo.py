@@ -23,8 +23,9 @@ from .files import write_atomically
 from .manifest import is_store
 from .models import load_teacher
 from .pictures import grid, save
+from .plans import SynthesisConfig
 from .statistics import record
-from .synthesis import SynthesisConfig, synthesize
+from .synthesis import synthesize
 from .training import TrainConfig, train
 
 # Images of 8×8 are too small to share among threads: a second one gains little on a quiet machine and costs much on a busy

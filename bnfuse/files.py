@@ -86,4 +86,4 @@ def locked_folder(folder: Path, taken: str) -> Iterator[None]:
 
 def is_temporary(path: Path) -> bool:
     """Whether a file is called like what a process killed in `atomic_path` leaves."""
-    return re.fullmatch(r"\..+\.(png|safetensors|json)\.tmp", path.name) is not None
+    return re.fullmatch(r"\..+\.(png|safetensors|jsonl?)\.tmp", path.name) is not None

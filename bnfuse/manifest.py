@@ -4,8 +4,13 @@ A store is a folder that any image-folder loader reads::
 
     images/03-cat/03-000017.png       lossless PNG, mode L for one channel, RGB for three
     soft_labels/000004.safetensors    optional: `logits`, float16 [n, K], one file a unit
-    manifest.jsonl                    one line an image, in the order in which they were made
+    manifest.jsonl                    one line an image, once the dataset is finished in the order of the units
     card.json                         all that is needed to make the dataset again
+
+and, while it is unfinished, perhaps of
+
+    manifest.0003.jsonl               a shard: lines of the units that rank 3 has committed
+    checkpoints/000004.safetensors    a unit in the making, see `snapshots`
 
 Read it from the top: what a line of the manifest is, what files are called, how a store is read and how verified.
 """
@@ -26,11 +31,12 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .card import CARD, read_bytes, read_card
 from .errors import InputError
 
-MANIFEST, IMAGES, SOFT_LABELS = "manifest.jsonl", "images", "soft_labels"
+MANIFEST, IMAGES, SOFT_LABELS, CHECKPOINTS = "manifest.jsonl", "images", "soft_labels", "checkpoints"
 
 _LONGEST_SLUG = 40  # characters of a class name that go into its folder's name
 
@@ -135,6 +141,14 @@ def soft_label_file(unit: int) -> str:
     return f"{SOFT_LABELS}/{unit:06d}.safetensors"
 
 
+def checkpoint_file(unit: int) -> str:
+    return f"{CHECKPOINTS}/{unit:06d}.safetensors"
+
+
+def shard_file(rank: int) -> str:
+    return f"manifest.{rank:04d}.jsonl"
+
+
 def _padded(class_index: int, num_classes: int) -> str:
     return f"{class_index:0{max(2, len(str(num_classes - 1)))}d}"
 
@@ -196,19 +210,67 @@ def read_store(root: str | Path) -> StoreContents:
     """
     root = Path(root).expanduser()
     card = read_card(root)
-    entries, _ = read_manifest(root, card)
+    entries = read_entries(root, card)
     refuse_missing_files(root, entries)
     return StoreContents(root, card, list(card["class_names"]), entries)
 
 
-def read_manifest(root: Path, card: dict) -> tuple[list[Entry], int]:
-    """The entries of all whole units, and the size in bytes of the lines that hold them.
+def read_entries(root: Path, card: dict) -> list[Entry]:
+    """The entries of all whole units, those of the manifest first, then those of its shards.
 
-    While a dataset is unfinished, the manifest may end in a line cut short or in a unit that lacks lines: that is what
+    A shard that is being folded into the manifest may be there beside its lines in the manifest: they count once.
+    """
+    # Before the manifest: a unit that is folded in meanwhile is then seen twice. The other way round it would be missed.
+    shards = [] if card["complete"] else [(path, data) for path in shards_in(root) if (data := _bytes_if_there(path))]
+    entries, _ = read_manifest(root, card)
+    units: dict[int, list[Entry]] = {}
+    for entry in entries:
+        units.setdefault(entry.unit, []).append(entry)
+    ids = {entry.id for entry in entries}
+    for path, data in shards:
+        added: dict[int, list[Entry]] = {}
+        for entry in parse_lines(path, data, card)[0]:
+            added.setdefault(entry.unit, []).append(entry)
+        for unit, lines in added.items():
+            if unit not in units and ids.isdisjoint(entry.id for entry in lines):
+                units[unit] = lines
+                ids.update(entry.id for entry in lines)
+            elif _lines(units.get(unit, [])) != _lines(lines):
+                raise InputError(
+                    f"{path}: unit {unit} is in another manifest too, with other images. Restore the files from a copy, "
+                    f"or delete {root} and make the dataset again"
+                )
+    return [entry for lines in units.values() for entry in lines]
+
+
+def _lines(entries: Sequence[Entry]) -> list[str]:
+    return [entry.to_line() for entry in entries]  # to be compared: entries with a nan differ from themselves
+
+
+def shards_in(root: Path) -> list[Path]:
+    return [path for path in files_in(root) if re.fullmatch(r"manifest\.\d{4,}\.jsonl", path.name)]
+
+
+def _bytes_if_there(path: Path) -> bytes | None:
+    """None for a shard that has been folded into the manifest since its name was read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def read_manifest(root: Path, card: dict) -> tuple[list[Entry], int]:
+    """`parse_lines` of manifest.jsonl, without its shards."""
+    return parse_lines(root / MANIFEST, read_bytes(root / MANIFEST), card)
+
+
+def parse_lines(path: Path, data: bytes, card: dict) -> tuple[list[Entry], int]:
+    """The entries of all whole units in `data`, which `path` holds, and the size in bytes of the lines that hold them.
+
+    While a dataset is unfinished, a manifest may end in a line cut short or in a unit that lacks lines: that is what
     a killed process leaves, and it is passed over. Anything else that is wrong is an InputError with the line's number.
     """
-    path = root / MANIFEST
-    *lines, torn = read_bytes(path).split(b"\n")
+    *lines, torn = data.split(b"\n")
     entries: list[Entry] = []
     whole, size = 0, 0  # entries and bytes up to the end of the last whole unit
     offset = 0
@@ -217,7 +279,7 @@ def read_manifest(root: Path, card: dict) -> tuple[list[Entry], int]:
 
     def damaged(number: int, what: str) -> InputError:
         return InputError(
-            f"{path} line {number}: {what}. Restore the file from a copy, or delete {root} and make the dataset again"
+            f"{path} line {number}: {what}. Restore the file from a copy, or delete {path.parent} and make the dataset again"
         )
 
     for number, line in enumerate(lines, 1):
@@ -280,24 +342,56 @@ def _read_logits(path: Path) -> Tensor:
     return logits
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What `inspect` found of a store.
+
+    Attributes
+    ----------
+    problems : everything that is wrong, one sentence each
+    entries : every line that is well-formed, those of the shards last; a doubled line is there twice
+    damaged : the files that the manifest names and that are gone or have another hash, relative to the store
+    """
+
+    problems: list[str]
+    entries: list[Entry]
+    damaged: set[str]
+
+
 def verify(root: str | Path) -> list[str]:
     """Everything that is wrong with a store, one sentence each; an empty list if nothing is. Reads every file."""
+    return inspect(root).problems
+
+
+def inspect(root: str | Path, *, progress: bool = False) -> Findings:
+    """Holds every file of a store against its manifest, and the manifest against the card; nothing is changed."""
     root = Path(root).expanduser()
     try:
         card = read_card(root)
-        data = read_bytes(root / MANIFEST)
+        manifests = {MANIFEST: read_bytes(root / MANIFEST)}
     except InputError as error:
-        return [str(error)]
+        return Findings([str(error)], [], set())
     problems = [] if card["complete"] else ["the dataset is not finished"]
-    *lines, torn = data.split(b"\n")
-    if torn:
-        problems.append(f"{MANIFEST} line {len(lines) + 1} is malformed: cut short")
+    shards = {path.name: path.read_bytes() for path in shards_in(root)}
+    if card["complete"]:
+        problems += [f"{name} is there, though the card says that the dataset is complete" for name in shards]
+    else:
+        manifests |= shards
     entries: list[Entry] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            entries.append(Entry.from_line(line, card["class_names"]))
-        except ValueError as error:
-            problems.append(f"{MANIFEST} line {number} is malformed: {error}")
+    folded: set[str] = set()  # what a process killed while it folded a shard has left in both
+    for name, data in manifests.items():
+        if name != MANIFEST:
+            folded.update(_lines(entries))
+        *lines, torn = data.split(b"\n")
+        if torn:
+            problems.append(f"{name} line {len(lines) + 1} is malformed: cut short")
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = Entry.from_line(line, card["class_names"])
+                if name == MANIFEST or entry.to_line() not in folded:
+                    entries.append(entry)
+            except ValueError as error:
+                problems.append(f"{name} line {number} is malformed: {error}")
     lines_of = Counter(entry.id for entry in entries)
     problems += [f"{MANIFEST}: {n} lines for image {name}" for name, n in lines_of.items() if n > 1]
     sizes = {entry.unit: entry.unit_size for entry in entries}
@@ -308,17 +402,22 @@ def verify(root: str | Path) -> list[str]:
     if card["complete"] and counts != card["counts"]:
         problems.append(f"{CARD} counts {card['counts']} images a class, {MANIFEST} has {counts}")
 
-    named = _named_files(entries)
-    for file, sha256 in named.items():
+    named, damaged = _named_files(entries), set()
+    for file, sha256 in tqdm(named.items(), desc="verifying", unit="file", disable=not progress):
         try:
             if hashlib.sha256((root / file).read_bytes()).hexdigest() != sha256:
                 problems.append(f"{file} has changed: its sha256 is not the one in {MANIFEST}")
+                damaged.add(file)
         except OSError as error:
             problems.append(f"{file} cannot be read: {error.strerror}")
+            damaged.add(file)
     present = [path for path in (root / IMAGES).rglob("*") if path.is_file()] + files_in(root / SOFT_LABELS)
     extra = {path.relative_to(root).as_posix() for path in present} - set(named)
     problems += [f"{file} is not in {MANIFEST}" for file in sorted(extra)]
-    return problems
+    if card["complete"]:
+        left = files_in(root / CHECKPOINTS)
+        problems += [f"{path.relative_to(root).as_posix()} is there, though the dataset is complete" for path in left]
+    return Findings(problems, entries, damaged)
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from .seeds import derive_seed
 from .virtual import MicroBatch, Seen, VirtualBatch
 
 if TYPE_CHECKING:
-    from .synthesis import SynthesisConfig
+    from .plans import SynthesisConfig
 
 SHOW_EVERY = 10  # steps between two looks at the losses, each of which waits for the device
 

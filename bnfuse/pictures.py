@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from .files import atomic_path
-from .manifest import read_store
+from .manifest import image_file
 
 _GAP = 2  # pixels between tiles
 _TILE = 64  # small images are enlarged, by a whole factor, to at least this many pixels
@@ -56,7 +56,7 @@ class ContactSheet:
     """
 
     def __init__(self, root: Path, class_names: list[str], *, rows: int = 20, columns: int = 10, every: float = 5.0):
-        self.root, self.num_classes = root, len(class_names)
+        self.root, self.class_names, self.num_classes = root, class_names, len(class_names)
         self.rows, self.columns, self.every = rows, columns, every
         self.last = time.monotonic()
 
@@ -84,10 +84,12 @@ class ContactSheet:
     def _stored(self) -> dict[tuple[int, int], Tensor]:
         """The first images of each class that are on disk: (class, index) → uint8 [C, H, W]."""
         images = {}
-        for entry in read_store(self.root).entries:
-            if entry.class_index < self.rows and entry.index < self.columns:
-                with Image.open(self.root / entry.file) as picture:
-                    images[entry.class_index, entry.index] = _to_tensor(picture)
+        for k in range(min(self.rows, self.num_classes)):
+            for i in range(self.columns):
+                path = self.root / image_file(k, i, self.class_names)  # asked for by name: a manifest may be long
+                if path.exists():
+                    with Image.open(path) as picture:
+                        images[k, i] = _to_tensor(picture)
         return images
 
 

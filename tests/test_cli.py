@@ -134,7 +134,7 @@ def test_errors_are_one_message(arguments, message, capsys, tmp_path, monkeypatc
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("command", ("train", "record", "synthesize", "relabel", "export", "demo", "doctor"))
+@pytest.mark.parametrize("command", ("train", "record", "synthesize", "verify", "relabel", "export", "demo", "doctor"))
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         run(command, "--help")

@@ -54,6 +54,22 @@ def write(root: Path, units: int = UNITS, *, finish: bool = True) -> None:
             store.finish()
 
 
+def write_with_ranks(root: Path, units: int = UNITS, *, ranks: int = 3, finish: bool = True) -> None:
+    """The same by several ranks, one after the other in this process, the last one first."""
+    with Store.open(root, card=CARD, class_names=NAMES) as store:
+        todo = [number for number in range(units) if number not in store.done]
+        for rank in reversed(range(ranks)):
+            if rank == 0:
+                for number in todo[::ranks]:
+                    store.commit(number, *unit(number))
+            elif todo[rank::ranks]:
+                with Store.join(root, rank, store.done) as shard:
+                    for number in todo[rank::ranks]:
+                        shard.commit(number, *unit(number))
+        if finish:
+            store.finish()
+
+
 def tree(root: Path) -> dict[str, bytes]:
     """Every file below root, hidden ones too, and its bytes."""
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
@@ -193,6 +209,10 @@ class TestCrash:
     def test_killed_at_every_step(self, found):
         """At each write, flush, rename, truncation and removal in turn, some writes done only by half."""
         assert found["steps"] > 40 and found["differ"] == []
+
+    def test_killed_at_every_step_of_several_ranks(self, found):
+        """Also at every step of folding their shards into one manifest, when the store is opened, and when it is finished."""
+        assert found["steps_of_ranks"] > 80 and found["ranks_differ"] == []
 
     def test_everything_is_flushed_before_it_is_named(self, tmp_path, monkeypatch):
         root = tmp_path / "made"
@@ -353,6 +373,118 @@ class TestResume:
         monkeypatch.setattr(torch, "__version__", "9.9")
         with pytest.raises(InputError, match='versions.torch: given "9.9"'):
             write(tmp_path / "made")
+
+
+class TestRanks:
+    """Several ranks write to one store, each to a manifest of its own."""
+
+    def test_the_same_bytes(self, tmp_path, whole):
+        for ranks in (2, 3, 9):
+            write_with_ranks(tmp_path / str(ranks), ranks=ranks)
+            assert tree(tmp_path / str(ranks)) == tree(whole)
+
+    def test_what_readers_see_meanwhile(self, tmp_path):
+        root = tmp_path / "made"
+        write_with_ranks(root, 4, finish=False)
+        assert sorted(path.name for path in root.glob("*.jsonl")) == [
+            "manifest.0001.jsonl",
+            "manifest.0002.jsonl",
+            "manifest.jsonl",
+        ]
+        assert [entry.unit for entry in read_store(root).entries[::6]] == [0, 3, 1, 2]
+        assert verify(root) == ["the dataset is not finished"]
+
+    def test_opening_folds_the_shards_in(self, tmp_path, whole):
+        root = tmp_path / "made"
+        write_with_ranks(root, 4, finish=False)
+        with Store.open(root, card=CARD, class_names=NAMES) as store:
+            assert store.done == {0, 1, 2, 3} and store.counts == [8, 8, 8]
+            assert [path.name for path in root.glob("*.jsonl")] == ["manifest.jsonl"]
+            with pytest.raises(InputError, match="another process is writing to .*manifest.jsonl is locked"):
+                Store.open(root, card=CARD, class_names=NAMES)  # the manifest is another file now, and locked too
+            assert [entry.unit for entry in read_store(root).entries[::6]] == [0, 1, 2, 3]
+            store.commit(4, *unit(4))
+        write(root)
+        assert tree(root) == tree(whole)
+
+    @pytest.mark.parametrize("lost", [1, 300, 2000])
+    def test_torn_shard(self, tmp_path, whole, lost):
+        root = tmp_path / "made"
+        write_with_ranks(root, 4, finish=False)
+        shard = root / "manifest.0002.jsonl"
+        shard.write_bytes(shard.read_bytes()[:-lost])
+        assert {entry.unit for entry in read_store(root).entries} == {0, 1, 3}
+        assert any(f"{shard.name} line" in problem for problem in verify(root)) or lost == 2000
+        write_with_ranks(root)
+        assert tree(root) == tree(whole)
+
+    def test_damaged_shard_is_never_dropped(self, tmp_path):
+        root = tmp_path / "made"
+        write_with_ranks(root, 4, finish=False)
+        shard = root / "manifest.0001.jsonl"
+        shard.write_bytes(b"nonsense\n" + shard.read_bytes())
+        before = tree(root)
+        with pytest.raises(InputError, match="manifest.0001.jsonl line 1: "):
+            Store.open(root, card=CARD, class_names=NAMES)
+        assert tree(root) == before
+
+    def test_lines_that_are_folded_in_already_count_once(self, tmp_path, whole):
+        root = tmp_path / "made"
+        write_with_ranks(root, 4, finish=False)
+        shard = (root / "manifest.0001.jsonl").read_bytes()
+        write(root, 4, finish=False)
+        (root / "manifest.0001.jsonl").write_bytes(shard)
+        assert len(read_store(root).entries) == 24 and verify(root) == ["the dataset is not finished"]
+        write(root)
+        assert tree(root) == tree(whole)
+
+    def test_the_same_unit_with_other_images_is_refused(self, tmp_path):
+        root = tmp_path / "made"
+        write(root, 2, finish=False)
+        lines = (root / "manifest.jsonl").read_bytes().splitlines(keepends=True)[6:]
+        (root / "manifest.0001.jsonl").write_bytes(b"".join(edited(lines, 0, sha256="0" * 64)))
+        for reading in (lambda: read_store(root), lambda: write(root)):
+            with pytest.raises(InputError, match="manifest.0001.jsonl: unit 1 is in another manifest too, with other images"):
+                reading()
+
+    def test_a_rank_that_still_writes_is_not_folded_in(self, tmp_path, whole):
+        root = tmp_path / "made"
+        store = Store.open(root, card=CARD, class_names=NAMES)
+        shard = Store.join(root, 1, store.done)
+        shard.commit(1, *unit(1))
+        with pytest.raises(InputError, match="manifest.0001.jsonl is locked"):
+            store.finish()
+        store.close()
+        with pytest.raises(InputError, match="manifest.0001.jsonl is locked"):
+            write(root)
+        shard.commit(2, *unit(2))
+        shard.close()
+        write(root)
+        assert tree(root) == tree(whole)
+
+    def test_two_with_one_rank(self, tmp_path):
+        with Store.open(tmp_path, card=CARD, class_names=NAMES) as store, Store.join(tmp_path, 1, store.done) as shard:
+            with pytest.raises(InputError, match="another process is writing to .*manifest.0001.jsonl"):
+                Store.join(tmp_path, 1, store.done)
+            shard.commit(0, *unit(0))
+            shard.close()
+            with pytest.raises(InputError, match="manifest.0001.jsonl holds images of an earlier run"):
+                Store.join(tmp_path, 1, store.done)
+            with pytest.raises(InputError, match="unit 0 is committed already"):
+                Store.join(tmp_path, 2, {0}).commit(0, *unit(0))
+
+    def test_how_far_the_others_are(self, tmp_path):
+        with Store.open(tmp_path, card=CARD, class_names=NAMES) as store, Store.join(tmp_path, 1, store.done) as shard:
+            assert store.committed_by_others() == 0
+            for number in (0, 1):
+                shard.commit(number, *unit(number))
+                assert store.committed_by_others() == 6 * (number + 1) == store.committed_by_others()
+
+    def test_shards_beside_a_complete_manifest_are_named(self, whole):
+        (whole / "manifest.0001.jsonl").write_bytes(b"")
+        (whole / "checkpoints").mkdir()
+        (whole / "checkpoints" / "000001.safetensors").write_bytes(b"")
+        assert len(verify(whole)) == 2 and len(read_store(whole).entries) == 36
 
 
 def edited(lines: list[bytes], at: int, **fields) -> list[bytes]:
@@ -630,7 +762,12 @@ def nursery(root: Path) -> dict:
     fork, and since importing torch anew for each writer would take longer than all else. Nothing is flushed: what a
     killed process has written is in the system's memory, where all others find it."""
     os.fsync = lambda descriptor: None
-    return {**kill_at_random_moments(root / "random"), **kill_at_every_step(root / "every")}
+    steps, differ = kill_at_every_step(root / "every", write_and_die)
+    steps_of_ranks, ranks_differ = kill_at_every_step(root / "ranks", write_with_ranks_and_die)
+    return {
+        **kill_at_random_moments(root / "random"),
+        **{"steps": steps, "differ": differ, "steps_of_ranks": steps_of_ranks, "ranks_differ": ranks_differ},
+    }
 
 
 def forked(work) -> int:
@@ -664,22 +801,36 @@ def kill_at_random_moments(root: Path) -> dict:
     return {"killed": killed, "progress": progress, "same": tree(target) == tree(root / "reference")}
 
 
-def kill_at_every_step(root: Path) -> dict:
-    """Kill a writer at its first system call that changes the disk, another at its second, and so on to the end."""
-    write(root / "reference", 2)
+def kill_at_every_step(root: Path, work) -> tuple[int, list[int]]:
+    """Kill a writer at its first system call that changes the disk, another at its second, and so on to the end; returns the
+    number of steps, and those after which the finished store differed."""
+    write(root / "reference", 3)
     expected, differ, step = tree(root / "reference"), [], 0
     while True:
         step += 1
         target = root / str(step)
-        status = os.waitpid(forked(lambda: write_and_die(target, step)), 0)[1]
-        write(target, 2)
+        status = os.waitpid(forked(lambda target=target, step=step: work(target, step)), 0)[1]
+        write(target, 3)
         if tree(target) != expected:
             differ.append(step)
         if os.waitstatus_to_exitcode(status) != 9:  # it got to the end
-            return {"steps": step - 1, "differ": differ}
+            return step - 1, differ
 
 
 def write_and_die(root: Path, step: int) -> None:
+    die_at(step)
+    write(root, 1, finish=False)
+    write(root, 3)
+
+
+def write_with_ranks_and_die(root: Path, step: int) -> None:
+    """Shards are folded in twice: when the store is opened again, and when it is finished."""
+    die_at(step)
+    write_with_ranks(root, 2, ranks=2, finish=False)
+    write_with_ranks(root, 3, ranks=2)
+
+
+def die_at(step: int) -> None:
     calls = 0
 
     def dying(call):
@@ -696,8 +847,6 @@ def write_and_die(root: Path, step: int) -> None:
 
     for name in ("open", "write", "fsync", "replace", "ftruncate", "unlink", "mkdir"):
         setattr(os, name, dying(getattr(os, name)))
-    write(root, 1, finish=False)
-    write(root, 2)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ from bnfuse.augment import Augmentation
 from bnfuse.checkpoints import save_checkpoint
 from bnfuse.models import Teacher, freeze, load_teacher
 from bnfuse.networks import CifarResNet
+from bnfuse.plans import plan
 from bnfuse.preprocessing import Preprocessing
 from bnfuse.priors import l2, total_variation
+from bnfuse.seeds import derive_seed
 from bnfuse.store import verify
-from bnfuse.synthesis import derive_seed, plan
 
 SMALL = SynthesisConfig(images_per_class=3, batch_size=2, iterations=4, soft_labels=True)
 

@@ -14,7 +14,7 @@ from bnfuse.augment import Augmentation
 from bnfuse.fusion import fuse
 from bnfuse.optimisation import NonFiniteLoss, _resize, _schedule, _start, _valid_range
 from bnfuse.seeds import derive_seed
-from bnfuse.synthesis import recognised
+from bnfuse.units import recognised
 from bnfuse.virtual import Seen, VirtualBatch
 
 
