@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from test_ops import in_layout
-from tolerances import LARGE_MEAN_VARIANCE_RELATIVE, assert_moments_close
+from tolerances import LARGE_MEAN_VARIANCE_RELATIVE, TOLERANCES, assert_moments_close
 from torch import Tensor
 
 from bnfuse import ops, reference
@@ -172,6 +172,21 @@ def test_a_hundred_million_elements_a_channel(shape, layout, dtype):
     expected_var = (block.double().var(correction=0) + (REPEATS**2 - 1) / 12).expand(channels)
     assert_moments_close(mean[0], expected_mean, dtype)
     assert_moments_close(var[0], expected_var, dtype)
+
+
+@pytest.mark.parametrize(
+    "shape, layout",
+    [((8, 64, 56, 56), "channels_last"), ((8, 256, 28, 28), "channels_last"), ((2000, 32, 7, 7), "contiguous")],
+    ids=["rows_folded", "rows", "small_planes"],
+)
+def test_sums_of_many_squares_do_not_lean(shape, layout):
+    """A square that joins a sum much larger than itself is rounded down more often than up: the error grows with the sum's
+    length, and is of one sign in all channels, so that it shows in their mean."""
+    x = in_layout(randn(*shape), layout)
+    expected = moments_in_float64(x)[1]
+    error = (moments(x)[1].double() - expected) / expected  # [C]
+    assert error.mean().abs() < TOLERANCES[torch.float32].moments_relative / 2
+    assert_moments_close(moments(x)[1], expected, torch.float32)
 
 
 # ---- the ends of float32's range ----

@@ -37,6 +37,8 @@ constexpr int64_t TILE_SIZE = 4096;    // elements of a tile at most
 constexpr int64_t PLANE_TILE = 4096;   // of a tile in the walk over planes; a multiple of 8: tiles share no mask byte
 constexpr int64_t PIVOT_ROWS = 8;      // of an item, whose mean its moments are taken about
 constexpr int64_t PIVOT_PLANES = 4;    // the same, where a row of the item holds whole planes
+constexpr int64_t SETTLED_ROWS = 64;   // are summed one after the other, before their sum joins others: squares that are added
+                                       // to a sum hundreds of times their size are rounded down more often than up
 
 // ---- spans of elements ----
 
@@ -334,12 +336,16 @@ struct ColumnBuffer {
 template <typename S>
 struct ColumnMoments {
   alignas(64) S pivot[COLUMN_TILE];
-  alignas(64) S s[COLUMN_TILE];  // Σ(x − pivot)
-  alignas(64) S q[COLUMN_TILE];  // Σ(x − pivot)²
+  alignas(64) S s[COLUMN_TILE];  // Σ(x − pivot), of the last rows
+  alignas(64) S q[COLUMN_TILE];  // Σ(x − pivot)², of the last rows
+  alignas(64) S settled_s[COLUMN_TILE];
+  alignas(64) S settled_q[COLUMN_TILE];
+  int64_t rows;  // the last ones
   bool trusted[COLUMN_TILE];     // of a channel, see finish
 
   void start(Columns columns) {
-    for (int64_t i = 0; i < columns.width(); ++i) pivot[i] = s[i] = q[i] = 0;
+    for (int64_t i = 0; i < columns.width(); ++i) pivot[i] = s[i] = q[i] = settled_s[i] = settled_q[i] = 0;
+    rows = 0;
   }
 
   template <typename A>
@@ -372,6 +378,18 @@ struct ColumnMoments {
     }
   }
 
+  // After a tile of so many rows.
+  void settle(Shape shape) {
+    rows += shape.rows;
+    if (rows < SETTLED_ROWS) return;
+    for (int64_t i = 0; i < shape.width; ++i) {
+      settled_s[i] += s[i];
+      settled_q[i] += q[i];
+      s[i] = q[i] = 0;
+    }
+    rows = 0;
+  }
+
   // Not where the mean lies more than two deviations from the pivot, so that m2 loses digits, or where a sum has overflowed.
   static BNFUSE_INLINE int64_t is_trusted(double s, double m2, double share) {
     return int64_t(is_finite(m2)) & int64_t(!(s * (s * share) > 4 * m2));
@@ -379,6 +397,10 @@ struct ColumnMoments {
 
   // mean, m2 [channels] of the `count` elements a channel that were added; whether all are to be trusted.
   bool finish(Columns columns, double count, double* __restrict mean, double* __restrict m2) {
+    for (int64_t i = 0; i < columns.width(); ++i) {
+      s[i] += settled_s[i];
+      q[i] += settled_q[i];
+    }
     gather(s, columns);
     gather(q, columns);
     if (columns.run > 1)
@@ -800,7 +822,7 @@ struct Item {
   BNFUSE_INLINE void for_each_tile(const ColumnWalk& walk, const Function& tile) const {
     const int64_t row_elements = walk.channels * walk.run;  // of a row of memory
     const int64_t width = columns.width(), stride = walk.fold * row_elements;
-    const int64_t step = COLUMN_TILE / width;
+    const int64_t step = COLUMN_TILE / width < SETTLED_ROWS ? COLUMN_TILE / width : SETTLED_ROWS;
     const int64_t whole = (rows.end - rows.begin) / walk.fold, rest = (rows.end - rows.begin) % walk.fold;
     const int64_t start = rows.begin * row_elements + first_channel * walk.run;
     for (int64_t r = 0; r < whole; r += step) {
@@ -860,6 +882,7 @@ void forward_columns_of(const Forward& f, const ColumnWalk& walk, int64_t begin,
       const Tile<const A> x = forward_tile.load_x(at, stride, shape);
       if (f.y) forward_tile(x, at, stride, shape, coefficients, item.mask(walk, f.mask, row), moments);
       else moments.add(x, shape);
+      moments.settle(shape);
     };
     item.for_each_tile(walk, add_and_apply);
     const double count = double(rows * walk.run);
