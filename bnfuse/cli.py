@@ -239,6 +239,7 @@ def _add_synthesize(commands) -> None:
     parser.add_argument(
         "--offload", action="store_true", help="keep the batch's images off the device, but a micro-batch of them"
     )
+    parser.add_argument("--cuda-graph", action="store_true", help="capture the network's part of a step on a GPU and replay it")
     parser.add_argument(
         "--ranks-per-batch",
         type=int,
@@ -285,6 +286,7 @@ def _synthesize(args) -> None:
         backend=args.backend,
         micro_batch=args.micro_batch,
         offload=args.offload,
+        cuda_graph=args.cuda_graph,
         tensorboard=args.tensorboard,
         ranks_per_batch=args.ranks_per_batch,
         checkpoint_every=args.checkpoint_every,

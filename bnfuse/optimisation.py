@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from .augment import Augmentation, View
+from .capture import CapturedObjective
 from .distributed import ALONE, Team
 from .errors import BnfuseError, InputError
 from .matching import group_by_class
@@ -65,6 +66,7 @@ def optimise(
     *,
     micro_batch: int | None = None,
     offload: bool = False,
+    cuda_graph: bool = False,
     team: Team = ALONE,
     state: dict[str, Tensor] | None = None,
     checkpoint: Checkpoint | None = None,
@@ -79,6 +81,7 @@ def optimise(
     show : called now and then with the step, this rank's images so far, and the loss terms
     micro_batch : images that are in the network together; None, all. The loss is that of the whole batch, whatever this is
     offload : images and Adam's state stay in the CPU's memory, and on the device is one micro-batch of them at a time
+    cuda_graph : the network's part of a step is captured and replayed, see `capture`; for a batch in one piece on a GPU
     team : the ranks that share the batch; each is given all of it here
     state : what a checkpoint was given. With the same micro_batch and team the unit ends with the same bits as without a break
     checkpoint : None, nothing is kept
@@ -89,7 +92,7 @@ def optimise(
 
     Raises
     ------
-    InputError : a micro_batch that is not positive, a state of another unit
+    InputError : a micro_batch that is not positive, a cuda_graph of something else, a state of another unit
     NonFiniteLoss : on all ranks of the team alike
     """
     group_starts, group_classes = group_by_class(labels)
@@ -97,6 +100,10 @@ def optimise(
     seeds, outputs = seeds[batch.rows], outputs[batch.rows]
     device, home = labels.device, torch.device("cpu") if offload else labels.device
     low, high = _valid_range(teacher, device)
+    captured = None
+    if cuda_graph:
+        check_cuda_graph(device, batch.is_plain and not offload)
+        captured = CapturedObjective(objective, outputs, group_starts, group_classes)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "views", unit))
     watch, images, step, terms = _Watch(unit, objective.matcher.names), None, 0, {}
     if state is not None:
@@ -111,6 +118,9 @@ def optimise(
 
         if batch.is_plain:
             leaf = images.on(device).requires_grad_()
+            if captured is not None:
+                losses, gradient = captured(leaf, view(leaf))
+                return losses, [(slice(None), gradient)]
             losses = objective(leaf, view(leaf), outputs, group_starts, group_classes)
             return losses, [(slice(None), torch.autograd.grad(losses.total, leaf)[0])]
         return batch.gradients(look, lambda means, moments: objective.combine(means, moments, group_classes))
@@ -138,6 +148,13 @@ def optimise(
                 watch.check()
                 checkpoint.save(step, _state(images, step, batch, generator))
     return team.gather_rows(images.values[: batch.owned], batch.count), terms
+
+
+def check_cuda_graph(device: torch.device, in_one_piece: bool) -> None:
+    """InputError unless a step can be captured."""
+    if device.type != "cuda" or not in_one_piece:
+        given = f"the device {device}" if in_one_piece else "micro-batches, offloading or ranks that share a batch"
+        raise InputError(f"cuda_graph needs a batch in one piece on a CUDA device, got {given}; leave it out there")
 
 
 class Images:

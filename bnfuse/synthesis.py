@@ -1,7 +1,7 @@
 """The driver: one readable loop over units of work, from noise to images on disk.
 
 `plans` says what there is to do, `units` makes a unit, `optimisation` is the method itself. A stopped run goes on where it
-was, and ends with the same images. Under torchrun units are dealt to ranks, or to teams of ranks, which need not talk while they
+was, and ends with the same images. Under torchrun units are dealt to ranks, or to teams of ranks, which do not talk while they
 work.
 """
 
@@ -52,6 +52,7 @@ def synthesize(
     backend: str = "auto",
     micro_batch: int | None = None,
     offload: bool = False,
+    cuda_graph: bool = False,
     progress: bool = True,
     tensorboard: str | Path | None = None,
     ranks_per_batch: int = 1,
@@ -76,6 +77,7 @@ def synthesize(
         alone: losses and gradients are those of ``config.batch_size`` images, see `virtual`
     offload : images and the optimiser's state stay in the CPU's memory, and a micro-batch of them is on the device, so that the
         device's memory does not depend on the batch size at all
+    cuda_graph : capture the network's part of a step, and replay it: less to do for Python, where the GPU is faster than it
     progress : show a bar, on the first rank, and say what the run will take
     tensorboard : folder for the course of the losses, see `scalars`
     ranks_per_batch : ranks that share each batch; then the images are the same to rounding
@@ -94,7 +96,7 @@ def synthesize(
     out = Path(out).expanduser()
     ranks = Ranks.start(ranks_per_batch)
     device = choose_device(device)
-    maker = UnitMaker(teacher, statistics, config, device, backend, micro_batch, offload)
+    maker = UnitMaker(teacher, statistics, config, device, backend, micro_batch, offload, cuda_graph)
     names = maker.source.names
     counts = [config.images_per_class] * len(names)
     started, losses = time.monotonic(), {}

@@ -18,7 +18,7 @@ from .fusion import fuse
 from .matching import Matcher
 from .models import Teacher
 from .objective import Objective
-from .optimisation import NonFiniteLoss, optimise
+from .optimisation import NonFiniteLoss, check_cuda_graph, optimise
 from .plans import SynthesisConfig, Unit, plan
 from .seeds import derive_seed
 from .snapshots import UnitCheckpoint
@@ -33,7 +33,7 @@ class UnitMaker:
 
     Parameters
     ----------
-    teacher, statistics, config, device, backend, micro_batch, offload : as in `synthesize`
+    teacher, statistics, config, device, backend, micro_batch, offload, cuda_graph : as in `synthesize`
 
     Attributes
     ----------
@@ -51,10 +51,13 @@ class UnitMaker:
         backend: str,
         micro_batch: int | None = None,
         offload: bool = False,
+        cuda_graph: bool = False,
     ):
         check_micro_batch(micro_batch)
+        if cuda_graph:
+            check_cuda_graph(device, micro_batch is None and not offload)
         self.teacher, self.config, self.device = teacher, config, device
-        self.micro_batch, self.offload = micro_batch, offload
+        self.micro_batch, self.offload, self.cuda_graph = micro_batch, offload, cuda_graph
         self.source = Source.of(teacher, statistics, config)
         self.units = plan(config, range(len(self.source.names)))
         self.backend = backends.resolve(backend, device.type)
@@ -119,6 +122,7 @@ class UnitMaker:
                     show,
                     micro_batch=self.micro_batch,
                     offload=self.offload,
+                    cuda_graph=self.cuda_graph,
                     team=team,
                     state=state,
                     checkpoint=checkpoint,

@@ -3,6 +3,7 @@
 Both GPU backends run every test; expectations are computed on the CPU in float64. Without a CUDA device all is skipped.
 """
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import virtual_cases as cases
 from networks import Chains, settle
 from test_ops import Case, assert_agrees_with_the_reference, in_layout, make_case
 from tolerances import LARGE_MEAN_VARIANCE_RELATIVE, assert_elements_close, assert_moments_close
@@ -19,6 +21,7 @@ from torch import Tensor
 from bnfuse import Matcher, backends, fuse, ops, reference
 from bnfuse.fusion import FrozenConvolution
 from bnfuse.models import build_model
+from bnfuse.optimisation import optimise
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -292,6 +295,18 @@ def test_a_step_is_captured_in_a_graph(backend):
         graph.replay()
         eager()
     torch.testing.assert_close(captured.images, eager.images, rtol=0, atol=0)
+
+
+def test_a_unit_is_the_same_from_a_graph(backend):
+    """The driver's own step with --cuda-graph, with views, and at two sizes."""
+    teacher = cases.teacher()
+    objective = cases.objective(teacher, tv_weight=0.1)
+    fused = fuse(teacher.model.cuda(), backend=backend)
+    objective, labels = dataclasses.replace(objective, teacher=fused, matcher=objective.matcher.cuda()), cases.LABELS.cuda()
+    unit = objective, labels, labels, cases.SEEDS, 5, teacher, cases.CONFIG, lambda *_: None
+    made = [optimise(*unit, cuda_graph=on) for on in (False, True)]
+    torch.testing.assert_close(made[1][0], made[0][0], rtol=1e-4, atol=1e-4)
+    assert made[1][1] == pytest.approx(made[0][1], rel=1e-4)
 
 
 def test_kernels_run_on_the_current_stream(backend):
