@@ -3,7 +3,7 @@
     python benchmarks/imagenet_end_to_end.py --data DIR            # DIR as in BNFUSE_DATA
     python benchmarks/imagenet_end_to_end.py --data DIR --quick    # to see that all of it runs
 
-Of the data it needs mobilenet_v1.py with its weights, and imagenette_1200.zip. The statistics of ten classes are recorded at 224;
+Of the data it needs mobilenet_v1.py with its weights, and imagenette_1200.zip. Statistics of ten classes are recorded at 224;
 two ranks under torchrun synthesise, and are killed, once by SIGKILL and once by SIGTERM; one rank goes on to the end; a bit is
 flipped in an image, found, and repaired; a student learns from the images and is tested on real ones. Every step is a bnfuse
 command, printed before it runs. Figures go to benchmarks/results/imagenet_end_to_end.json.

@@ -14,9 +14,11 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 from .datasets import load_dataset
 from .errors import BackendError, BnfuseError, InputError
 from .fusion import fuse
+from .manifest import verify
 from .matching import Matcher, group_by_class
 from .models import Teacher, freeze, load_teacher
 from .preprocessing import Preprocessing
+from .repair import repair
 from .statistics import ClassStatistics, record
 from .synthesis import SynthesisConfig, synthesize
 from .training import TrainConfig, evaluate, train
@@ -38,6 +40,8 @@ __all__ = [
     "load_dataset",
     "load_teacher",
     "record",
+    "repair",
     "synthesize",
     "train",
+    "verify",
 ]

@@ -24,7 +24,7 @@ from . import backends
 from .augment import Augmentation
 from .card import CARD, read_card
 from .datasets import load_dataset
-from .distributed import Ranks, Team, choose_device
+from .distributed import Ranks, Team, choose_device, noticing_lost_ranks
 from .errors import BnfuseError, InputError, Interrupted, UnitWarning
 from .fusion import fuse
 from .matching import Matcher
@@ -224,6 +224,7 @@ def synthesize(
     counts = [config.images_per_class] * len(names)
     started, losses = time.monotonic(), {}
     store: Store | None = None
+    display: _Display | None = None
 
     def begin() -> dict:
         nonlocal store
@@ -232,21 +233,22 @@ def synthesize(
         return {"threads": card["threads"], "done": sorted(store.done)}
 
     with Stop(quiet=not ranks.first) as stop, ranks:
-        begun = ranks.from_first(begin, stop)
-        done = set(begun["done"])
-        todo = [unit for unit in units if unit.number not in done]
-        mine = todo[ranks.team_number :: ranks.teams]
-        if store is None and ranks.writes and mine:
-            store = Store.join(out, ranks.rank, begun["done"])
-        display = _Display(store, sum(counts), len(units), config, teacher, progress) if ranks.first else None
-        show = display.show if display else (lambda *_: None)
         try:
-            with computing_with(begun["threads"]):
+            begun = ranks.from_first(begin, stop)
+            done = set(begun["done"])
+            todo = [unit for unit in units if unit.number not in done]
+            mine = todo[ranks.team_number :: ranks.teams]
+            if ranks.first:
+                display = _Display(store, sum(counts), len(units), config, teacher, progress)
+            elif ranks.writes and mine:
+                store = Store.join(out, ranks.rank, begun["done"])
+            with computing_with(begun["threads"]), noticing_lost_ranks():
                 for unit in mine:
+                    show = partial(display.show, unit) if display else (lambda *_: None)
                     checkpoint = UnitCheckpoint(
                         out, unit.number, config.total_iterations, every=checkpoint_every, stop=stop, team=ranks.team
                     )
-                    images, records = maker.make(unit, partial(show, unit), retries, team=ranks.team, checkpoint=checkpoint)
+                    images, records = maker.make(unit, show, retries, team=ranks.team, checkpoint=checkpoint)
                     losses = records[0].losses
                     if ranks.writes:
                         store.commit(unit.number, images, records, maker.soft_labels(images))
@@ -258,7 +260,7 @@ def synthesize(
                 store.finish()
                 display.finish()
         except Interrupted as stopped:
-            safe = f"{display.committed()} of {sum(counts)} images are safe in {out}" if ranks.first else ""
+            safe = f"{display.committed()} of {sum(counts)} images are safe in {out}" if display else ""
             kept = "; ".join(filter(None, (stopped.kept, safe, "the same command goes on")))
             raise Interrupted(stopped.signal, kept) from None
         finally:
