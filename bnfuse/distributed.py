@@ -57,21 +57,19 @@ def choose_device(asked: str | torch.device | None = None) -> torch.device:
 
     Raises
     ------
-    InputError : there are fewer GPUs than ranks on this host, or all its ranks were to share one
+    InputError : there are fewer GPUs than ranks on this host
     """
     device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
-    local_rank, on_this_host = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
     if device.type != "cuda" or not is_distributed() or not torch.cuda.is_available():
         return device
-    if device.index is not None and on_this_host > 1:
-        raise InputError(f"{on_this_host} ranks cannot share {device}: give cuda without a number, each takes its own")
     if device.index is None:
-        if local_rank >= torch.cuda.device_count():
+        number, there = _number("LOCAL_RANK", 0), torch.cuda.device_count()
+        if number >= there:
             raise InputError(
-                f"rank {rank()} is number {local_rank} on its host, which has {torch.cuda.device_count()} GPUs: "
-                f"start torchrun with --nproc-per-node {torch.cuda.device_count()}"
+                f"rank {rank()} is number {number} on its host, which has {there} GPUs: start torchrun with --nproc-per-node "
+                f"{there}, or, where every rank sees only a GPU of its own, give --device cuda:0"
             )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 
@@ -176,6 +174,11 @@ class Ranks:
                 # their predecessors. On several hosts it makes a new one, and counts restarts on each by itself.
                 store = dist.PrefixStore(f"attempt {_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=_TIMEOUT)
+        elif "cpu:gloo" not in str(dist.get_backend_config()):
+            raise InputError(
+                f"the process group that is there already, {dist.get_backend_config()}, cannot send what lies on the CPU: make "
+                "it by init_process_group('cpu:gloo,cuda:nccl'), or leave it to bnfuse"
+            )
         number = dist.get_rank() // ranks_per_batch
         team = ALONE
         if ranks_per_batch > 1:
@@ -215,9 +218,9 @@ class Ranks:
                 content = json.dumps(work()).encode()
             except BaseException as raised:
                 error = raised
-        size = torch.tensor([-1 if error else len(content)])
+        size = torch.tensor([-1 if error is not None else len(content)])
         self._wait_for(dist.broadcast(size, 0, async_op=True), stop)
-        if error:
+        if error is not None:
             raise error
         if size < 0:
             raise OtherRankFailed("rank 0 could not begin")

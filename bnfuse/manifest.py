@@ -279,7 +279,8 @@ def parse_lines(path: Path, data: bytes, card: dict) -> tuple[list[Entry], int]:
 
     def damaged(number: int, what: str) -> InputError:
         return InputError(
-            f"{path} line {number}: {what}. Restore the file from a copy, or delete {path.parent} and make the dataset again"
+            f"{path} line {number}: {what}. Restore the file from a copy, or delete {path.parent} and make the dataset again; "
+            "`bnfuse verify --repair` mends what it can"
         )
 
     for number, line in enumerate(lines, 1):
@@ -313,8 +314,8 @@ def refuse_missing_files(root: Path, entries: Sequence[Entry]) -> None:
     missing = [file for file in _named_files(entries) if not (root / file).is_file()]
     if missing:
         raise InputError(
-            f"{root} is damaged: {MANIFEST} names files that are not there: {some(missing)}. Restore them from a "
-            f"copy, or delete {root} and make the dataset again: its {CARD} holds what it was made from"
+            f"{root} is damaged: {MANIFEST} names files that are not there: {some(missing)}. `bnfuse verify "
+            f"--repair` makes them again; or restore them from a copy, or delete {root} and make the dataset again"
         )
 
 

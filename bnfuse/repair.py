@@ -117,11 +117,12 @@ class _Repair:
             if None in lines or any(self._is_damaged(line) for line in lines):
                 lines = self._mend(unit, lines)
             entries += [line for line in lines if line is not None]
-        if replaced := replace_manifest(self.root, entries):
-            os.close(replaced)
-        if not self.card["complete"]:
-            for path in shards:
-                path.unlink()
+        if not self.result.differing:  # else a line that is damaged may still tell somebody something
+            if replaced := replace_manifest(self.root, entries):
+                os.close(replaced)
+            if not self.card["complete"]:
+                for path in shards:
+                    path.unlink()
         return self.result
 
     def _is_damaged(self, line: Entry) -> bool:

@@ -101,6 +101,7 @@ def synthesize(
     counts = [config.images_per_class] * len(names)
     started, losses = time.monotonic(), {}
     store: Store | None = None
+    display: Display | None = None
 
     def begin() -> dict:
         nonlocal store
@@ -109,22 +110,22 @@ def synthesize(
         return {"threads": card["threads"], "done": sorted(store.done)}
 
     with Stop(quiet=not ranks.first) as stop, ranks:
-        begun = ranks.from_first(begin, stop)
-        done = set(begun["done"])
-        todo = [unit for unit in maker.units if unit.number not in done]
-        mine = todo[ranks.team_number :: ranks.teams]
-        if store is None and ranks.writes and mine:
-            store = Store.join(out, ranks.rank, begun["done"])
-        display: Display | None = None
         try:
-            display = Display(store, maker, ranks.teams, progress, tensorboard) if ranks.first else None
+            begun = ranks.from_first(begin, stop)
+            done = set(begun["done"])
+            todo = [unit for unit in maker.units if unit.number not in done]
+            mine = todo[ranks.team_number :: ranks.teams]
+            if ranks.first:
+                display = Display(store, maker, ranks.teams, progress, tensorboard)
+            elif ranks.writes and mine:
+                store = Store.join(out, ranks.rank, begun["done"])
             writing = BackgroundWriter(store) if store else nullcontext()
             with writing as writer, computing_with(begun["threads"]), noticing_lost_ranks():
                 for unit in mine:
+                    show = partial(display.show, unit) if display else (lambda *_: None)
                     checkpoint = UnitCheckpoint(
                         out, unit.number, config.total_iterations, every=checkpoint_every, stop=stop, team=ranks.team
                     )
-                    show = partial(display.show, unit) if display else lambda *_: None
                     images, records = maker.make(unit, show, retries, team=ranks.team, checkpoint=checkpoint)
                     losses = records[0].losses
                     if ranks.writes:

@@ -158,8 +158,7 @@ class TestEnvironment:
         monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
         assert choose_device() == choose_device("cuda") == torch.device("cuda", 1) == chosen[-1]
         assert choose_device("cpu") == torch.device("cpu")
-        with pytest.raises(InputError, match="2 ranks cannot share cuda:0"):
-            choose_device("cuda:0")
+        assert choose_device("cuda:0") == torch.device("cuda", 0) == chosen[-1]
         monkeypatch.setenv("LOCAL_RANK", "2")
         with pytest.raises(InputError, match="rank 3 is number 2 on its host, which has 2 GPUs: .*--nproc-per-node 2"):
             choose_device()

@@ -116,6 +116,13 @@ def test_another_machine_may_be_accepted(teacher, made, another_machine):
     torch.testing.assert_close(contents.soft_labels()[3], logits[0, :2], rtol=1e-2, atol=1e-2)  # stored in float16
 
 
+def test_another_machine_leaves_a_damaged_manifest_as_it_is(teacher, made, another_machine):
+    (made / "manifest.jsonl").write_bytes(b"".join(lines_of(made))[:-9])
+    before = tree(made)
+    result = mend(teacher, made)
+    assert result.differing == ["images/01-1/01-000002.png"] and tree(made) == before
+
+
 def test_an_image_made_from_other_seeds(teacher, tmp_path, monkeypatch):
     genuine, calls = units.optimise, []
 
