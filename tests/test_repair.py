@@ -129,7 +129,7 @@ def test_an_image_made_from_other_seeds(teacher, tmp_path, monkeypatch):
     def optimise(objective, labels, outputs, seeds, unit, *rest, **options):
         calls.append(unit)
         if calls == [0]:
-            raise NonFiniteLoss("unit 0: the loss is not finite")
+            raise NonFiniteLoss("unit 0: the loss is not finite", 0, 1, "total")
         return genuine(objective, labels, outputs, seeds, unit, *rest, **options)
 
     monkeypatch.setattr(units, "optimise", optimise)

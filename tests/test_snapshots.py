@@ -64,7 +64,7 @@ def tree(root: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """Sends this process a signal when the checkpoint of a unit is asked for the step."""
+    """Sends this process a signal after a step of a unit: when its checkpoint is asked, or (the last step) the unit is made."""
 
     def stop_at(unit: int, step: int, number: int = signal.SIGTERM) -> None:
         genuine = UnitCheckpoint.due
@@ -74,6 +74,14 @@ def stop_at(monkeypatch):
                 os.kill(os.getpid(), number)
             return genuine(self, now)
 
+        def optimise(objective, labels, outputs, seeds, number_of_unit, *rest, **options):
+            made = make_unit(objective, labels, outputs, seeds, number_of_unit, *rest, **options)
+            if (number_of_unit, CONFIG.total_iterations) == (unit, step):
+                os.kill(os.getpid(), number)
+            return made
+
+        make_unit = units.optimise
+        monkeypatch.setattr(units, "optimise", optimise)
         monkeypatch.setattr(UnitCheckpoint, "due", due)
 
     return stop_at
@@ -254,8 +262,8 @@ def diverging(monkeypatch):
         def optimise(objective, labels, outputs, seeds, unit, *rest, **options):
             for number, attempt in which:
                 extra = ("attempt", attempt) if attempt else ()
-                if unit == number and seeds[0] == derive_seed(CONFIG.seed, int(labels[0]), 0, *extra):
-                    raise NonFiniteLoss(f"unit {unit}, step 3: the loss is not finite at site conv1")
+                if unit == number and seeds[0] == derive_seed(CONFIG.seed, int(outputs[0]), 0, *extra):
+                    raise NonFiniteLoss(f"unit {unit}, step 3: the loss is not finite at site conv1", unit, 3, "conv1")
             return genuine(objective, labels, outputs, seeds, unit, *rest, **options)
 
         monkeypatch.setattr(units, "optimise", optimise)

@@ -37,8 +37,8 @@ constexpr int64_t TILE_SIZE = 4096;    // elements of a tile at most
 constexpr int64_t PLANE_TILE = 4096;   // of a tile in the walk over planes; a multiple of 8: tiles share no mask byte
 constexpr int64_t PIVOT_ROWS = 8;      // of an item, whose mean its moments are taken about
 constexpr int64_t PIVOT_PLANES = 4;    // the same, where a row of the item holds whole planes
-constexpr int64_t SETTLED_ROWS = 64;   // are summed one after the other, before their sum joins others: squares that are added
-                                       // to a sum hundreds of times their size are rounded down more often than up
+constexpr int64_t SETTLED_ROWS = 64;   // are summed one after the other, before their sum joins others: squares of few kinds, such
+                                       // as pixels have, may lean when they are added to a sum hundreds of times their size
 
 // ---- spans of elements ----
 
