@@ -176,7 +176,7 @@ def test_a_hundred_million_elements_a_channel(shape, layout, dtype):
 
 @pytest.mark.parametrize(
     "shape, layout",
-    [((8, 64, 56, 56), "channels_last"), ((8, 256, 28, 28), "channels_last"), ((2000, 32, 7, 7), "contiguous")],
+    [((16, 64, 56, 56), "channels_last"), ((8, 256, 28, 28), "channels_last"), ((2000, 32, 7, 7), "contiguous")],
     ids=["rows_folded", "rows", "small_planes"],
 )
 def test_sums_of_many_squares_do_not_lean(shape, layout):
