@@ -171,7 +171,7 @@ def nursery(root: Path) -> dict:
     """Fork worlds of ranks, and end some of them early. A fresh process does this, since one in which torch has computed
     gradients should not fork, and since importing torch anew for each rank would take longer than all else."""
     fsync, os.fsync = os.fsync, lambda descriptor: None
-    reference, long = root / "one", dict(images_per_class=2, classes=(0, 1), iterations=300, jitter=1)
+    reference, long = root / "one", dict(images_per_class=2, classes=(0, 1), iterations=150, jitter=1)
     assert world(1, reference).codes() == [0]
     expected = tree(reference)
     found = {"same": {}}
@@ -189,7 +189,7 @@ def nursery(root: Path) -> dict:
     for number in (signal.SIGTERM, signal.SIGINT):
         run = world(2, root / number.name, config=config)
         wait_until(lambda run=run: (run.out / "card.json").exists())
-        time.sleep(0.3)
+        time.sleep(0.15)
         run.signal(number)
         result = {"codes": run.codes(), "said": run.said()}
         result["checkpoints"] = len(list((run.out / "checkpoints").iterdir()))
@@ -199,7 +199,7 @@ def nursery(root: Path) -> dict:
     def two_of_a_team(name: str) -> world:
         run = world(2, root / name, config=config, ranks_per_batch=2)
         wait_until(lambda: (run.out / "card.json").exists())
-        time.sleep(0.3)
+        time.sleep(0.15)
         return run
 
     run = two_of_a_team("one_of_a_team")
