@@ -121,16 +121,16 @@ void store(Tile<A> values, T* out, int64_t stride, Shape shape) {
   }
 }
 
-// The coefficients of a channel (planes), or of each column of a tile.
+// The coefficients of each row of a tile (planes), or of each of its columns.
 template <typename A>
 struct Coefficients {
   const A *scale, *shift, *mean, *dmean, *dvar;
 };
 
-// SAME: one coefficient for the whole row.
+// SAME: one coefficient for the whole row r; otherwise one for each column i.
 template <bool SAME, typename A>
-BNFUSE_INLINE A column(const A* values, int64_t i) {
-  return values[SAME ? 0 : i];
+BNFUSE_INLINE A of(const A* values, int64_t r, int64_t i) {
+  return values[SAME ? r : i];
 }
 
 // ---- moments of one channel ----
@@ -612,7 +612,7 @@ void derive(Tile<const A> dy, Tile<const A> x, Tile<const A> residual, Shape sha
     const A* __restrict dy_row = dy.data + r * dy.stride;
     A* __restrict dz_row = dz.data + r * dz.stride;
     for (int64_t i = 0; i < shape.width; ++i) {
-      A z = column<SAME>(coefficients.scale, i) * x_row[i] + column<SAME>(coefficients.shift, i);
+      A z = of<SAME>(coefficients.scale, r, i) * x_row[i] + of<SAME>(coefficients.shift, r, i);
       if (RESIDUAL) z += residual_row[i];
       dz_row[i] = derivative<ACT>(z, slope) * dy_row[i];
     }
@@ -650,13 +650,14 @@ void backward_at_once(Tile<const A> dy, Tile<const A> x, Shape shape, Coefficien
   for (int64_t r = 0; r < shape.rows; ++r) {
     const A *x_row = x.data + r * x.stride, *dy_row = dy.data + r * dy.stride;
     A* dx_row = dx.data + r * dx.stride;  // may be dy_row: an element is read before it is written, and never again
-    const A scale_0 = coefficients.scale[0], shift_0 = coefficients.shift[0], mean_0 = coefficients.mean[0],
-            a_0 = coefficients.dmean[0], b_0 = coefficients.dvar[0];
+    const A scale_r = coefficients.scale[SAME ? r : 0], shift_r = coefficients.shift[SAME ? r : 0];
+    const A mean_r = coefficients.mean[SAME ? r : 0];
+    const A a_r = coefficients.dmean[SAME ? r : 0], b_r = coefficients.dvar[SAME ? r : 0];
 #pragma GCC ivdep
     for (int64_t i = 0; i < shape.width; ++i) {
-      const A scale = SAME ? scale_0 : coefficients.scale[i], shift = SAME ? shift_0 : coefficients.shift[i];
-      const A mean = SAME ? mean_0 : coefficients.mean[i];
-      const A a = SAME ? a_0 : coefficients.dmean[i], b = SAME ? b_0 : coefficients.dvar[i];
+      const A scale = SAME ? scale_r : coefficients.scale[i], shift = SAME ? shift_r : coefficients.shift[i];
+      const A mean = SAME ? mean_r : coefficients.mean[i];
+      const A a = SAME ? a_r : coefficients.dmean[i], b = SAME ? b_r : coefficients.dvar[i];
       const A dz = derivative<ACT>(scale * x_row[i] + shift, slope) * dy_row[i];
       dx_row[i] = scale * dz + (a + b * (x_row[i] - mean));
     }
@@ -683,9 +684,9 @@ void combine(Tile<const A> dz, Tile<const A> x, Shape shape, Coefficients<A> coe
     const A* __restrict dz_row = DY ? dz.data + r * dz.stride : nullptr;
     A* __restrict dx_row = dx.data + r * dx.stride;
     for (int64_t i = 0; i < shape.width; ++i) {
-      A sum = column<SAME>(coefficients.dmean, i);
-      if (DVAR) sum += column<SAME>(coefficients.dvar, i) * (x_row[i] - column<SAME>(coefficients.mean, i));
-      if (DY) sum += column<SAME>(coefficients.scale, i) * dz_row[i];
+      A sum = of<SAME>(coefficients.dmean, r, i);
+      if (DVAR) sum += of<SAME>(coefficients.dvar, r, i) * (x_row[i] - of<SAME>(coefficients.mean, r, i));
+      if (DY) sum += of<SAME>(coefficients.scale, r, i) * dz_row[i];
       dx_row[i] = sum;
     }
   }
@@ -781,22 +782,31 @@ void forward_planes_of(const Forward& f, int64_t begin, int64_t end) {
   });
 }
 
+// A tile is a piece of a plane, or some planes of one sample: memory is read in its order, however small the planes.
 template <typename T>
 void backward_planes_of(const Backward& f, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   BackwardTile<T, true> backward_tile(f);
-  for_each_plane_tile(f.plane_size, begin, end, [&](int64_t plane, int64_t i, Shape shape) {
+  A a[PLANE_TILE], b[PLANE_TILE];  // of each row of a tile
+  const int64_t width = f.plane_size < PLANE_TILE ? f.plane_size : PLANE_TILE, most = PLANE_TILE / width;
+  for (int64_t plane = begin, rows; plane < end; plane += rows) {
     const int64_t c = plane % f.channels, group = f.sample_groups[plane / f.channels];
-    const int64_t g_c = group * f.channels + c;
+    const int64_t g_c = group * f.channels + c, left = f.channels - c < end - plane ? f.channels - c : end - plane;
+    rows = left < most ? left : most;
     const A count = A(f.counts[group]);
-    const A a = f.dmean ? mean_coefficient(static_cast<const A*>(f.dmean)[g_c], count) : A(0);
-    const A b = f.dvar ? var_coefficient(static_cast<const A*>(f.dvar)[g_c], count) : A(0);
+    for (int64_t r = 0; r < rows; ++r) {
+      a[r] = f.dmean ? mean_coefficient(static_cast<const A*>(f.dmean)[g_c + r], count) : A(0);
+      b[r] = f.dvar ? var_coefficient(static_cast<const A*>(f.dvar)[g_c + r], count) : A(0);
+    }
     const Coefficients<A> coefficients{static_cast<const A*>(f.scale) + c, static_cast<const A*>(f.shift) + c,
-                                       static_cast<const A*>(f.mean) + g_c, &a, &b};
-    const MaskTile mask{f.mask ? const_cast<uint8_t*>(f.mask) + plane * mask_bytes(f.plane_size) + i / 8 : nullptr,
-                        shape.width, 0, 0};
-    backward_tile(plane * f.plane_size + i, shape.width, shape, coefficients, mask);
-  });
+                                       static_cast<const A*>(f.mean) + g_c, a, b};
+    for (int64_t i = 0; i < f.plane_size; i += PLANE_TILE) {
+      const Shape shape{rows, f.plane_size - i < width ? f.plane_size - i : width};
+      const int64_t bytes = mask_bytes(f.plane_size);
+      const MaskTile mask{f.mask ? const_cast<uint8_t*>(f.mask) + plane * bytes + i / 8 : nullptr, shape.width, 0, bytes};
+      backward_tile(plane * f.plane_size + i, f.plane_size, shape, coefficients, mask);
+    }
+  }
 }
 
 // ---- the walk over columns: items [begin, end), each the columns of one tile in the rows of one chunk ----

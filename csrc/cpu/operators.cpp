@@ -25,7 +25,8 @@ namespace bnfuse {
 namespace {
 
 constexpr int64_t ELEMENTS_PER_THREAD = 32768;  // fewer do not pay for waking a thread
-constexpr int64_t SMALL_PLANE = 128;            // planes of up to as many elements are walked as columns
+constexpr int64_t SMALL_PLANE = 128;            // planes of up to as many elements are walked as columns by forward,
+constexpr int64_t TINY_PLANE = 16;              // and of up to as many by backward, which has nothing to add up
 constexpr int64_t FOLDED_WIDTH = 256;           // narrower rows are folded until a long row has as many columns
 constexpr int64_t ITEM_WIDTH = 1024;            // columns of an item at most: their sums and coefficients stay in cache
 constexpr int64_t ITEM_ELEMENTS = 65536;        // of the walk over columns, about
@@ -55,7 +56,8 @@ void in_parallel(int64_t items, int64_t elements, const Run& run) {
 }
 
 // Whether x is walked as planes; otherwise as columns (see kernels.h).
-bool walks_planes(const Input& input) { return input.planes && input.plane_size > SMALL_PLANE; }
+bool forward_walks_planes(const Input& input) { return input.planes && input.plane_size > SMALL_PLANE; }
+bool backward_walks_planes(const Input& input) { return input.planes && input.plane_size > TINY_PLANE; }
 
 // The walk over columns with its chunks. How it is cut depends on shapes alone, so that the sums run in one order
 // whatever the number of threads.
@@ -143,7 +145,7 @@ void merge_partials(const double* partial_mean, const double* partial_m2, const 
 // Runs the forward pass described by `f`, whose y, residual, scale, shift and mask are set; returns mean, var [G, C].
 std::tuple<Tensor, Tensor> run_forward(Forward f, const Input& input, const Tensor& x,
                                        const std::vector<int64_t>& group_starts) {
-  const bool planes = walks_planes(input);
+  const bool planes = forward_walks_planes(input);
   std::optional<CutColumns> columns;
   std::vector<int64_t> groups;
   std::vector<double> counts;
@@ -253,7 +255,7 @@ void run_backward(Backward f, const Input& input, const Tensor& x, const Tensor&
   f.dmean = data(dmean_c);
   f.dvar = data(dvar_c);
   f.counts = counts.data();
-  if (walks_planes(input)) {
+  if (backward_walks_planes(input)) {
     const std::vector<int64_t> groups = groups_of_samples(group_starts);
     f.sample_groups = groups.data();
     in_parallel(input.samples * input.channels, x.numel(),
