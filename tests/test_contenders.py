@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bnfuse.fusion import FrozenConvolution
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
@@ -32,9 +34,10 @@ def under_autocast(hook: torch.nn.Module, model, images, labels) -> dict:
 def test_under_autocast_the_network_computes_in_16_bits_and_images_stay_in_32(teacher):
     model, images, labels = teacher
     dtypes = []
-    note = lambda conv, _, y: dtypes.append((conv.weight.dtype, y.dtype))
+    note = lambda layer, _, y: dtypes.append((getattr(layer, "convolution", layer).weight.dtype, y.dtype))
     for loss, given in under_autocast(steps.HookLoss(model, labels), *teacher).values():
-        handles = [module.register_forward_hook(note) for module in loss.modules() if isinstance(module, torch.nn.Conv2d)]
+        layers = [module for module in loss.modules() if isinstance(module, (torch.nn.Conv2d, FrozenConvolution))]
+        handles = [layer.register_forward_hook(note) for layer in layers]  # a frozen convolution does not call the one in it
         _, gradient = steps.value_and_gradient(loss, given)
         assert gradient.dtype == torch.float32
         for handle in handles:  # bnfuse shares its layers with the teacher
