@@ -1,4 +1,4 @@
-"""Configs as command-line flags: each field of a config dataclass is a flag under its own name, helped by its docstring."""
+"""Configs: a check of their fields, and each field as a command-line flag under its own name, helped by its docstring."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ import types
 import typing
 from typing import TypeVar
 
+from .errors import InputError
+
 Config = TypeVar("Config")
+
+
+def check_whole(config, least: dict[str, int]) -> None:
+    """InputError unless each of the named fields is an integer of at least so much."""
+    for name, lowest in least.items():
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+            raise InputError(f"{name} must be an integer of at least {lowest}, got {value!r}")
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type[Config]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .errors import InputError
 
-LOCKS_UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+_LOCKS_UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 def write_atomically(path: str | os.PathLike, content: bytes, *, sync_folder: bool = True) -> None:
@@ -64,6 +64,22 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def lock(descriptor: int, taken: str) -> bool:
+    """Locks an open file against other processes until it is closed, or this process ends; False where there are no locks.
+
+    InputError with the message `taken` where another process has it, OSError where locking fails.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(taken) from error
+    except OSError as error:
+        if error.errno not in _LOCKS_UNSUPPORTED:
+            raise
+        return False
+    return True
+
+
 @contextmanager
 def locked_folder(folder: Path, taken: str) -> Iterator[None]:
     """Holds `folder` against other processes for the block; it is free again when the process ends, however it ends.
@@ -72,13 +88,7 @@ def locked_folder(folder: Path, taken: str) -> Iterator[None]:
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(taken) from error
-        except OSError as error:
-            if error.errno not in LOCKS_UNSUPPORTED:
-                raise
+        lock(descriptor, taken)
         yield
     finally:
         os.close(descriptor)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .batches import Source, decoded, even_batches
 from .card import card_bytes, refuse_differences, versions
+from .configs import check_whole
 from .datasets import load_dataset
 from .errors import InputError
 from .estimate import check_space, label_bytes, readable_bytes
@@ -71,10 +72,7 @@ class RelabelConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, least in {"views": 0, "batch_size": 2, "seed": 0}.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
+        check_whole(self, {"views": 0, "batch_size": 2, "seed": 0})
         if not 0 < self.crop_scale <= 1:
             raise InputError(f"crop_scale must be above 0 and at most 1, got {self.crop_scale!r}")
         for name in ("mixup", "cutmix"):

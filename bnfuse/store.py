@@ -16,7 +16,6 @@ What the files are and how they are read is in `manifest`; what is in the images
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import os
@@ -34,7 +33,7 @@ from torch import Tensor
 
 from .card import CARD, card_bytes, identity, read_card, refuse_other_identity
 from .errors import InputError
-from .files import atomic_path, is_temporary, sync, write_atomically
+from .files import atomic_path, is_temporary, lock, sync, write_atomically
 from .manifest import (
     CHECKPOINTS,
     IMAGES,
@@ -62,8 +61,6 @@ from .manifest import (
 
 # with what a user of stores needs for reading them
 __all__ = ["ImageRecord", "Store", "StoreContents", "is_store", "read_store", "verify"]
-
-_LOCKS_UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 @dataclass(frozen=True)
@@ -507,16 +504,13 @@ def open_locked(root: Path, name: str, *, create: bool = False) -> int:
 
 
 def _lock(descriptor: int, root: Path, name: str) -> None:
+    taken = f"another process is writing to {root} ({name} is locked): wait until it ends, stop it, or choose another --out"
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(
-            f"another process is writing to {root} ({name} is locked): wait until it ends, stop it, or choose another --out"
-        ) from error
+        if lock(descriptor, taken):
+            return
     except OSError as error:
-        if error.errno not in _LOCKS_UNSUPPORTED:
-            raise InputError(f"cannot lock {root / name}: {error.strerror}; choose another --out") from error
-        warnings.warn(f"{root}: no locks on this file system; see to it that no second process writes", stacklevel=5)
+        raise InputError(f"cannot lock {root / name}: {error.strerror}; choose another --out") from error
+    warnings.warn(f"{root}: no locks on this file system; see to it that no second process writes", stacklevel=5)
 
 
 def _refuse_foreign_folder(root: Path) -> None:

@@ -29,6 +29,7 @@ from .batches import (
     random_crop,
 )
 from .checkpoints import save_checkpoint
+from .configs import check_whole
 from .errors import InputError
 from .files import write_atomically
 from .labels import LabelledViews, Labels
@@ -96,11 +97,7 @@ class TrainConfig:
         for name, default in zip(("lr", "weight_decay"), OPTIMIZER_DEFAULTS[self.optimizer]):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-        whole = {"epochs": 1, "batch_size": 2, "shift": 0, "seed": 0, "eval_every": 0, "workers": 0}
-        for name, least in whole.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
+        check_whole(self, {"epochs": 1, "batch_size": 2, "shift": 0, "seed": 0, "eval_every": 0, "workers": 0})
         for name, fits, range_text in (
             ("lr", lambda v: v > 0, "positive"),
             ("weight_decay", lambda v: v >= 0, "0 or more"),

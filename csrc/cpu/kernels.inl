@@ -5,7 +5,7 @@
 // compiler to vectorise: a tile is [rows, width], and the inner loop runs over `width` without a branch. All arithmetic is
 // in the accumulator's type A; narrower elements are converted tile by tile.
 //
-//   planes   a tile is a piece of one plane: one row, one channel, whose coefficients are the same along the row
+//   planes   a tile is a piece of one plane or (backward) some planes: each row has one channel, and one coefficient
 //   columns  a tile is some rows of some columns, every column has its own coefficients, and moments and output are one loop
 //
 // Everything sits in an unnamed namespace, and no header with code of its own is included but for the compiler's
