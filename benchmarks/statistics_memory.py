@@ -3,7 +3,8 @@
     python benchmarks/statistics_memory.py [--quick]
 
 Each figure is of a process of its own: what its resident memory (pages of files included) rose to above what it was with
-everything imported. `--quick` takes 100 classes. Linux alone tells the peak.
+everything imported. Figures go to benchmarks/results/statistics_memory.json; `--quick` takes 100 classes and writes nothing.
+Linux alone tells the peak.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from results_file import write_result
 
 from bnfuse import ClassStatistics, Matcher
 from bnfuse.site_moments import SiteMoments
@@ -109,9 +111,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "statistics.safetensors"
         write(path, classes)
-        print(f"{classes} classes × {sum(CHANNELS):,} channels, a file of {path.stat().st_size / 1e6:.0f} MB; peak in MB")
+        file_mb, peaks = path.stat().st_size / 1e6, {}
+        print(f"{classes} classes × {sum(CHANNELS):,} channels, a file of {file_mb:.0f} MB; peak in MB")
         for name in WORK:
-            print(f"  {name:40s} {peak(name, path):7.0f}", flush=True)
+            peaks[name] = peak(name, path)
+            print(f"  {name:40s} {peaks[name]:7.0f}", flush=True)
+    if not args.quick:
+        command = "python benchmarks/statistics_memory.py"
+        print(f"wrote {write_result('statistics_memory', command, classes=classes, file_mb=file_mb, peak_mb=peaks)}")
 
 
 if __name__ == "__main__":
