@@ -1,6 +1,9 @@
 """How the benchmarks take time: rounds, ratios, the alternation, the GPU's clock with events that need no GPU, `make gpu`'s."""
 
+import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,3 +118,17 @@ def test_the_longest_case_is_the_limit_and_its_warm_up():
     seconds_a_round = limits.seconds / limits.min_rounds
     assert limits.longest == pytest.approx((1 + limits.rounds(seconds_a_round)) * seconds_a_round)
     assert all((1 + limits.rounds(seconds)) * seconds <= limits.longest for seconds in (0.3, 0.1, 0.01))
+
+
+def test_small_planes_are_timed_beside_a_copy(tmp_path):
+    command = [sys.executable, "benchmarks/small_planes.py", "--quick", "--threads", "1"]
+    environment = {**os.environ, "BNFUSE_RESULTS": str(tmp_path)}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads((tmp_path / "quick_small_planes.json").read_text())
+    shares = result["share_of_copy_bandwidth"]
+    assert {(s["layout"], s["plane"]) for s in shares} == {
+        (layout, plane) for layout in ("contiguous", "channels_last") for plane in (1, 7, 56)
+    }
+    assert all(s[direction] > 0 for s in shares for direction in ("forward", "backward"))
+    assert result["threads"] == 1 and "| forward, contiguous | 64 |" in ran.stdout
