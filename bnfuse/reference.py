@@ -57,7 +57,7 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
 
 def per_sample(values: Tensor, group_starts: Tensor, x: Tensor) -> Tensor:
     """[G, C] → [N, C, 1, …]: each sample gets its group's row."""
-    rows = values.repeat_interleave(group_starts.diff(), dim=0)
+    rows = values.repeat_interleave(group_starts.diff(), dim=0, output_size=x.shape[0])
     return rows.reshape(*rows.shape, *[1] * (x.dim() - 2))
 
 
@@ -326,4 +326,23 @@ def _distance_term(delta: Tensor, site_channels: Tensor, distance: str, slack: f
 
 def _site_sum(values: Tensor, site_channels: Tensor) -> Tensor:
     """[G, T] → [G, S]: the sum over each site's channels."""
-    return torch.segment_reduce(values.t().contiguous(), "sum", lengths=site_channels, axis=0).t()
+    return _SiteSum.apply(values, site_channels)
+
+
+class _SiteSum(torch.autograd.Function):
+    """`torch.segment_reduce`, whose own gradient has no derivative."""
+
+    @staticmethod
+    def forward(values, site_channels):
+        return torch.segment_reduce(values.t().contiguous(), "sum", lengths=site_channels, axis=0).t()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        values, site_channels = inputs
+        ctx.width = values.shape[1]
+        ctx.save_for_backward(site_channels)
+
+    @staticmethod
+    def backward(ctx, gradient):  # [G, S] → [G, T]
+        (site_channels,) = ctx.saved_tensors
+        return gradient.repeat_interleave(site_channels, dim=1, output_size=ctx.width), None
