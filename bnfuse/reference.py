@@ -310,6 +310,25 @@ def bn_loss(
     return (distances * site_weights).sum(1).mean(), distances.detach()
 
 
+def bn_loss_coefficients(
+    mean: list[Tensor], var: list[Tensor], target_mean: Tensor, target_var: Tensor, classes: Tensor | None, *weights_and_options
+) -> tuple[Tensor, Tensor]:
+    """`bn_loss`'s derivatives by mean and var, as differentiable functions of them. Arguments are those of `bn_loss`.
+
+    Returns
+    -------
+    dmean, dvar : [G·T], for each site its [G, C], computed in float64 as the kernels do, in the moments' dtype
+    """
+    site_weights, *options = weights_and_options
+    targets = target_mean.double(), target_var.double(), classes, site_weights.double()
+    with torch.enable_grad():
+        moments = [site.to(torch.float64, copy=True).requires_grad_() for site in (*mean, *var)]
+        loss, _ = bn_loss(moments[: len(mean)], moments[len(mean) :], *targets, *options)
+        derivatives = torch.autograd.grad(loss, moments, create_graph=True)
+        dmean, dvar = torch.cat([d.flatten() for d in derivatives]).to(mean[0].dtype).chunk(2)
+    return dmean, dvar
+
+
 def _distance_term(delta: Tensor, site_channels: Tensor, distance: str, slack: float) -> Tensor:
     if distance == "l1":
         return _site_sum(delta.abs(), site_channels) / site_channels
