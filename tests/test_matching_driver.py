@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -251,3 +252,24 @@ def test_the_command_line(tmp_path, capsys):
     assert main(["synthesize", "--out", str(tmp_path / "out"), *flags.split()]) == 0
     assert "2 images, 2 made now" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "card.json").read_text())["config"]["sites"] == ["pixels", "bn"]
+
+
+# ---- the page ----
+
+PAGE = Path(__file__).parents[1] / "docs" / "matching.md"
+
+
+def test_the_page_has_every_option_and_its_example_runs(teacher):
+    text = PAGE.read_text()
+    table = text[text.index("## Options") :]
+    assert all(f"`{field.name}`" in table for field in dataclasses.fields(MatchingConfig))
+    names = {
+        "torch": torch,
+        "F": nn.functional,
+        "model": teacher.model,
+        "statistics": recorded(teacher, ["bn", "conv@cells=4"]),
+        "images": torch.randn(4, 3, 8, 8, requires_grad=True),
+        "labels": torch.tensor([3, 3, 0, 7]),
+    }
+    exec(text.split("```python")[1].split("```")[0], names)
+    assert torch.autograd.grad(names["loss"], names["images"])[0].isfinite().all()
