@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import Chains, settle
 
@@ -185,7 +185,7 @@ def test_moving_averages(parts, gradient, start):
     assert all(before[name].equal(value) for name, value in matcher.moving_average.state().items())
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from(DISTANCES),
     st.booleans(),
@@ -379,6 +379,10 @@ def test_bad_arguments(parts):
             Matcher(*targets, **options)
     with pytest.raises(InputError, match=r"a mixture of classes must be \[1, 4\].*got \[1, 3\]"):
         Matcher(*targets)(moments, torch.ones(1, 3))
+    larger = fused(torch.randn(2, 3, 12, 12, dtype=torch.float64))[1]
+    for backend in ("cpp", "reference"):
+        with pytest.raises(InputError, match=r"'stem:input@cells=4' has 9 channels or cells in this pass, its targets have 4"):
+            Matcher(*targets, backend=backend)(larger, ONE)
     with pytest.raises(InputError, match="got a plain dict"):
         Matcher(*targets, unbiased=True)(dict(moments), ONE)
     single = Moments({"a": (torch.ones(1, 2), torch.zeros(1, 2))}, {"a": 1}, torch.tensor([0, 1]))
