@@ -368,6 +368,18 @@ def test_float32_tables_and_mixtures_in_autocast(parts):
     assert expected.dtype == torch.float32
 
 
+def test_the_loss_compiles_into_one_graph(parts):
+    model, fused, targets = parts
+    options = dict(unbiased=True, relative=True, site_drop=0.3, enhancement=1.0)
+    ours, theirs = (Matcher(*targets, moving_average=MovingAverage(0.4), **options) for _ in range(2))
+    step = lambda matcher: lambda x, starts, classes: matcher.measure(fused(x, starts)[1], classes)[0]
+    compiled, arguments = torch.compile(step(ours), fullgraph=True, backend="aot_eager"), (torch.tensor(RUNS), OF_RUNS)
+    for seed in range(3):
+        for matcher in (ours, theirs):
+            matcher.draw_sites(torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(compiled(images(seed=seed), *arguments), step(theirs)(images(seed=seed), *arguments))
+
+
 def test_bad_arguments(parts):
     _, fused, targets = parts
     moments = fused(images())[1]
