@@ -1,6 +1,6 @@
 """How a network is named, and how a teacher is loaded, checked and frozen. How one is trained is in `training`.
 
-A *teacher* is a classifier with BatchNorm layers, pretrained on the private images, in eval mode and frozen. It may be
+A *teacher* is a classifier pretrained on the private images, in eval mode and frozen, mostly with BatchNorm layers. It may be
 one of bnfuse's own networks, a torchvision or timm model, a function in a file of the user's own, or a checkpoint that
 `training` wrote.
 """
@@ -16,6 +16,8 @@ import re
 import sys
 import traceback
 import warnings
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from .checkpoints import WEIGHT_SUFFIXES, WeightFacts, load_state, read_facts, r
 from .errors import InputError
 from .networks import CifarResNet, ConvNet
 from .preprocessing import Preprocessing
+from .sites import SiteRule
 
 SPEC_GRAMMAR = """\
 A model is named by one of
@@ -123,7 +126,7 @@ def load_teacher(
         num_classes = read_weights(weights).get("linear.weight", torch.empty(1)).shape[0]
 
     model = build_model(spec, num_classes, preprocessing.channels, None if weights is None else str(weights))
-    check_teacher(freeze(model))
+    check_teacher(freeze(model), sites=())
     num_classes = check_output(model, spec, preprocessing, num_classes)
     if known.class_names is not None and len(known.class_names) != num_classes:
         raise InputError(f"{weights} names {len(known.class_names)} classes, but {spec} tells {num_classes} apart")
@@ -157,21 +160,22 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def check_teacher(model: nn.Module) -> None:
-    """See that the model is one whose BatchNorm statistics can be matched.
+def check_teacher(model: nn.Module, sites: Sequence[str] = ("bn",)) -> None:
+    """See that the model is one whose statistics can be matched.
+
+    Parameters
+    ----------
+    sites : rules that name what is matched, see `sites.SiteRule`
 
     Raises
     ------
     InputError
-        It has no BatchNorm layer; one is in training mode, keeps no running statistics, or has statistics that are not
-        finite or a negative variance; or a parameter requires a gradient.
+        A rule is of BatchNorm layers and it has none; one is in training mode, keeps no running statistics, or has statistics
+        that are not finite or a negative variance; or a parameter requires a gradient.
     """
     layers = batchnorm_layers(model)
-    if not layers:
-        raise InputError(
-            f"{type(model).__name__} has no BatchNorm layer, so there are no statistics to match: choose a network "
-            "that has some, for example resnet20 or torchvision:resnet18"
-        )
+    if not layers and any(SiteRule.parse(rule).kind == "bn" for rule in sites):
+        raise InputError(f"{type(model).__name__} has no BatchNorm layer: {_other_sites(model)}")
     for name, layer in layers.items():
         if layer.running_mean is None or layer.running_var is None:
             raise InputError(
@@ -199,6 +203,16 @@ def check_teacher(model: nn.Module) -> None:
                 f"the BatchNorm layer {name!r} has a negative running_var in {negative} of {layer.num_features} "
                 "channels: the weights are damaged; load others"
             )
+
+
+def _other_sites(model: nn.Module) -> str:
+    """What can be matched of a network without BatchNorm."""
+    norms = Counter(type(m) for m in model.modules() if "Norm" in type(m).__name__ and not any(m.children()))
+    if not norms:
+        return "match other sites of it (sites, on the command line --sites), for example conv"
+    found = ", ".join(f"{kind.__name__} ({count})" for kind, count in norms.items())
+    rules = [f"type={kind.__name__}{'@last' if kind is nn.LayerNorm else ''}" for kind in norms]
+    return f"it has {found}, which can be matched as sites=({', '.join(map(repr, rules))},), --sites {' '.join(rules)}"
 
 
 def check_output(model: nn.Module, spec: str, preprocessing: Preprocessing, num_classes: int | None) -> int:
