@@ -17,7 +17,6 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from .checkpoints import WEIGHT_SUFFIXES, WeightFacts, load_state, read_facts, r
 from .errors import InputError
 from .networks import CifarResNet, ConvNet
 from .preprocessing import Preprocessing
-from .sites import SiteRule
 
 SPEC_GRAMMAR = """\
 A model is named by one of
@@ -126,7 +124,7 @@ def load_teacher(
         num_classes = read_weights(weights).get("linear.weight", torch.empty(1)).shape[0]
 
     model = build_model(spec, num_classes, preprocessing.channels, None if weights is None else str(weights))
-    check_teacher(freeze(model), sites=())
+    check_teacher(freeze(model), needs_batchnorm=False)
     num_classes = check_output(model, spec, preprocessing, num_classes)
     if known.class_names is not None and len(known.class_names) != num_classes:
         raise InputError(f"{weights} names {len(known.class_names)} classes, but {spec} tells {num_classes} apart")
@@ -160,21 +158,17 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def check_teacher(model: nn.Module, sites: Sequence[str] = ("bn",)) -> None:
-    """See that the model is one whose statistics can be matched.
-
-    Parameters
-    ----------
-    sites : rules that name what is matched, see `sites.SiteRule`
+def check_teacher(model: nn.Module, *, needs_batchnorm: bool = True) -> None:
+    """See that the model is one whose statistics can be matched: those of its BatchNorm layers, or of other sites as well.
 
     Raises
     ------
     InputError
-        A rule is of BatchNorm layers and it has none; one is in training mode, keeps no running statistics, or has statistics
+        It has no BatchNorm layer where it needs one; one is in training mode, keeps no running statistics, or has statistics
         that are not finite or a negative variance; or a parameter requires a gradient.
     """
     layers = batchnorm_layers(model)
-    if not layers and any(SiteRule.parse(rule).kind == "bn" for rule in sites):
+    if not layers and needs_batchnorm:
         raise InputError(f"{type(model).__name__} has no BatchNorm layer: {_other_sites(model)}")
     for name, layer in layers.items():
         if layer.running_mean is None or layer.running_var is None:

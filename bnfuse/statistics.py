@@ -299,7 +299,7 @@ def record(
     if isinstance(model, Teacher):
         model, preprocessing = model.model, preprocessing or model.preprocessing
     check_variance(variance)
-    check_teacher(model, sites)
+    check_teacher(model, needs_batchnorm=any(SiteRule.parse(rule).kind == "bn" for rule in sites))
     if outputs is not None and (len(outputs) != num_classes or len(set(outputs)) != num_classes or min(outputs) < 0):
         raise InputError(
             f"outputs must name one output of the network for each of {num_classes} classes, each once, got "
