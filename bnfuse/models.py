@@ -16,7 +16,6 @@ import re
 import sys
 import traceback
 import warnings
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from .checkpoints import WEIGHT_SUFFIXES, WeightFacts, load_state, read_facts, r
 from .errors import InputError
 from .networks import CifarResNet, ConvNet
 from .preprocessing import Preprocessing
+from .sites import other_sites
 
 SPEC_GRAMMAR = """\
 A model is named by one of
@@ -169,7 +169,7 @@ def check_teacher(model: nn.Module, *, needs_batchnorm: bool = True) -> None:
     """
     layers = batchnorm_layers(model)
     if not layers and needs_batchnorm:
-        raise InputError(f"{type(model).__name__} has no BatchNorm layer: {_other_sites(model)}")
+        raise InputError(f"{type(model).__name__} has no BatchNorm layer: {other_sites(model)}")
     for name, layer in layers.items():
         if layer.running_mean is None or layer.running_var is None:
             raise InputError(
@@ -197,16 +197,6 @@ def check_teacher(model: nn.Module, *, needs_batchnorm: bool = True) -> None:
                 f"the BatchNorm layer {name!r} has a negative running_var in {negative} of {layer.num_features} "
                 "channels: the weights are damaged; load others"
             )
-
-
-def _other_sites(model: nn.Module) -> str:
-    """What can be matched of a network without BatchNorm."""
-    norms = Counter(type(m) for m in model.modules() if "Norm" in type(m).__name__ and not any(m.children()))
-    if not norms:
-        return "match other sites of it (sites, on the command line --sites), for example conv"
-    found = ", ".join(f"{kind.__name__} ({count})" for kind, count in norms.items())
-    rules = [f"type={kind.__name__}{'@last' if kind is nn.LayerNorm else ''}" for kind in norms]
-    return f"it has {found}, which can be matched as sites=({', '.join(map(repr, rules))},), --sites {' '.join(rules)}"
 
 
 def check_output(model: nn.Module, spec: str, preprocessing: Preprocessing, num_classes: int | None) -> int:

@@ -116,7 +116,7 @@ class Site:
 
     def pick(self, values: object) -> Tensor:
         """The site's tensor among a module's inputs or outputs. InputError where there is none."""
-        tensors = list(_leaves(values))
+        tensors = list(leaves(values))
         if self.index >= len(tensors) or not isinstance(tensors[self.index], Tensor):
             kinds = ", ".join(type(value).__name__ for value in tensors) or "nothing"
             raise InputError(f"site {self.name!r} asks for number {self.index} of the {self.end}s, which are {kinds}")
@@ -147,12 +147,13 @@ def _in_cells(x: Tensor, k: int) -> Tensor:
     return cells.reshape(n, rows * columns, c * k, k)
 
 
-def _leaves(values: object) -> Iterable[object]:
+def leaves(values: object) -> Iterable[object]:
+    """What is in nested tuples, lists and dictionaries, in order."""
     if isinstance(values, dict):
         values = tuple(values.values())
     if isinstance(values, (tuple, list)):
         for value in values:
-            yield from _leaves(value)
+            yield from leaves(value)
     else:
         yield values
 
@@ -174,8 +175,20 @@ def select(model: nn.Module, rules: Sequence[str]) -> list[Site]:
             sites += sorted(here, key=lambda site: site.end)  # inputs are there before outputs
     for text, rule in zip(rules, parsed):
         if rule.kind != PIXELS and not any(rule.fits(name, module) for name, module in model.named_modules() if name):
+            if rule.kind == "bn":
+                raise InputError(f"{type(model).__name__} has no BatchNorm layer: {other_sites(model)}")
             raise InputError(f"nothing in {type(model).__name__} fits the rule {text!r}; it has {_inventory(model, rule)}")
     return list({site.name: site for site in sites}.values())
+
+
+def other_sites(model: nn.Module) -> str:
+    """In words, what can be matched of a network without BatchNorm."""
+    norms = Counter(type(m) for m in model.modules() if "Norm" in type(m).__name__ and not any(m.children()))
+    if not norms:
+        return "match other sites of it (sites, on the command line --sites), for example conv"
+    found = ", ".join(f"{kind.__name__} ({count})" for kind, count in norms.items())
+    rules = [f"type={kind.__name__}{'@last' if kind is nn.LayerNorm else ''}" for kind in norms]
+    return f"it has {found}, which can be matched as sites=({', '.join(map(repr, rules))},), --sites {' '.join(rules)}"
 
 
 def _inventory(model: nn.Module, rule: SiteRule) -> str:
