@@ -545,10 +545,11 @@ def test_edc_batchnorm(dtype, tmp_path):
         hook.set_label(labels)
         layer(x)
     hook.save()
+    recorded = hook.tables
     hook.close()
 
     hook, labels = edc.BNFeatureHook(layer, **options), torch.tensor([1, 1, 2])
-    assert hook.load_tag
+    assert hook.load_tag and all(table.equal(recorded[name]) for name, table in hook.tables.items())
     names = "running_dd_mean", "running_dd_var"
     tables = by_class(real_batches(dtype), lambda x: dict(zip(names, moments_of(x))))
     running = dict(zip(names, (layer.running_mean.double(), layer.running_var.double())))

@@ -99,6 +99,7 @@ class _Categories:
         means = {renamed.get(name, name): table / self.counts for name, table in self.tables.items()}
         for k in range(len(self.counts)):
             write_npz(self._path(k), {name: table[k] for name, table in means.items()})
+        self.tables, self.counts = means, None  # as they will be found in the files
 
 
 class BNFeatureHook(_Categories, BatchNormHook):
