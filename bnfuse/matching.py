@@ -298,9 +298,17 @@ class Matcher(nn.Module):
         return loss, distances.view(groups, -1)
 
     def _loss(self, mean, var, target_mean, target_var, site_weights, classes) -> tuple[Tensor, Tensor]:
-        return ops.bn_loss(
-            mean, var, target_mean, target_var, site_weights, classes=classes, backend=self.backend, **self.options
-        )
+        options = {"classes": classes, "backend": self.backend, **self.options}
+        try:
+            return ops.bn_loss(mean, var, target_mean, target_var, site_weights, **options)
+        except RuntimeError:
+            for name, channels, value in zip(self.names, self.channels, mean):
+                if value.shape[1] != channels:
+                    raise InputError(
+                        f"site {name!r} has {value.shape[1]} channels or cells in this pass, its targets have {channels}: they "
+                        "are of another network, or of images of another size"
+                    ) from None
+            raise
 
     def _scale(self, mean: list[Tensor], target_mean: Tensor, target_var: Tensor, classes: Tensor | None) -> Tensor:
         """1 / the distance of zeros from each group's target: [G, S], or [1, S] where all have one."""

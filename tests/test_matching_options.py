@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import Chains, settle
 
@@ -185,7 +185,7 @@ def test_moving_averages(parts, gradient, start):
     assert all(before[name].equal(value) for name, value in matcher.moving_average.state().items())
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from(DISTANCES),
     st.booleans(),
@@ -368,6 +368,18 @@ def test_float32_tables_and_mixtures_in_autocast(parts):
     assert expected.dtype == torch.float32
 
 
+def test_the_loss_compiles_into_one_graph(parts):
+    model, fused, targets = parts
+    options = dict(unbiased=True, relative=True, site_drop=0.3, enhancement=1.0)
+    ours, theirs = (Matcher(*targets, moving_average=MovingAverage(0.4), **options) for _ in range(2))
+    step = lambda matcher: lambda x, starts, classes: matcher.measure(fused(x, starts)[1], classes)[0]
+    compiled, arguments = torch.compile(step(ours), fullgraph=True, backend="aot_eager"), (torch.tensor(RUNS), OF_RUNS)
+    for seed in range(3):
+        for matcher in (ours, theirs):
+            matcher.draw_sites(torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(compiled(images(seed=seed), *arguments), step(theirs)(images(seed=seed), *arguments))
+
+
 def test_bad_arguments(parts):
     _, fused, targets = parts
     moments = fused(images())[1]
@@ -379,6 +391,10 @@ def test_bad_arguments(parts):
             Matcher(*targets, **options)
     with pytest.raises(InputError, match=r"a mixture of classes must be \[1, 4\].*got \[1, 3\]"):
         Matcher(*targets)(moments, torch.ones(1, 3))
+    larger = fused(torch.randn(2, 3, 12, 12, dtype=torch.float64))[1]
+    for backend in ("cpp", "reference"):
+        with pytest.raises(InputError, match=r"'stem:input@cells=4' has 9 channels or cells in this pass, its targets have 4"):
+            Matcher(*targets, backend=backend)(larger, ONE)
     with pytest.raises(InputError, match="got a plain dict"):
         Matcher(*targets, unbiased=True)(dict(moments), ONE)
     single = Moments({"a": (torch.ones(1, 2), torch.zeros(1, 2))}, {"a": 1}, torch.tensor([0, 1]))
