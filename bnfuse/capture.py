@@ -62,7 +62,9 @@ class CapturedObjective:
         """The losses, and the gradient of their total by `images` [N, C, H, W], of which `view` was made."""
         replayed = self._replayed.get(images.shape)
         if replayed is None:
+            kept = self.objective.state()
             replayed = self._replayed[images.shape] = Replayed(self._differentiate, (images, view))
+            self.objective.restore(kept)  # the calls before the capture were no steps
         by_images, by_view, total, distances, *terms = replayed(images, view)
         through_view = torch.autograd.grad(view, images, by_view)[0]
         losses = Losses(total.clone(), {name: term.clone() for name, term in zip(self._names, terms)}, distances.clone())

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import priors
-from .fusion import FusedModel, Moments
+from .fusion import FusedModel
 from .matching import Matcher
+from .moments import Moments
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -55,10 +56,31 @@ class Objective:
         ----------
         images : [N, C, H, W], normalised; the priors look at these
         view : like images, what the teacher sees
-        labels : int64 [N], sorted by class; or probabilities [N, K]
-        group_starts, group_classes : of the labels, see `matching.group_by_class`
+        labels : int64 [N], or probabilities [N, K]
+        group_starts, group_classes : what is matched together, see `matching.group_by_class` and `Targets.groups`
         """
         return self.combine(*self.look(images, view, labels, group_starts), group_classes)
+
+    # What the loss keeps from step to step: a moving average of the moments, and which sites are left out.
+
+    def begin(self) -> None:
+        """Forgets what came before: another batch begins."""
+        if self.matcher.moving_average is not None:
+            self.matcher.moving_average.reset()
+
+    def draw(self, generator: torch.Generator) -> None:
+        """What is random about the next step's loss; a generator of the CPU."""
+        self.matcher.draw_sites(generator)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of what is kept from step to step, by name; nothing where nothing is."""
+        average = self.matcher.moving_average
+        return {} if average is None else {f"average_{name}": value for name, value in average.state().items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Goes on from a `state`."""
+        if (average := self.matcher.moving_average) is not None:
+            average.restore({name: state[f"average_{name}"] for name in average.state()})
 
     def look(self, images: Tensor, view: Tensor, labels: Tensor, group_starts: Tensor) -> tuple[dict[str, Tensor], Moments]:
         """The forward pass: the terms that each image has of its own, as their means over the images, and the moments."""

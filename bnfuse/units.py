@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,11 +16,12 @@ from .distributed import ALONE, Team
 from .errors import BnfuseError, InputError, UnitWarning
 from .fusion import fuse
 from .matching import Matcher
-from .models import Teacher
+from .models import Teacher, batchnorm_layers
 from .objective import Objective
 from .optimisation import NonFiniteLoss, check_cuda_graph, optimise
 from .plans import SynthesisConfig, Unit, plan
 from .seeds import derive_seed
+from .sites import select
 from .snapshots import UnitCheckpoint
 from .statistics import ClassStatistics
 from .store import ImageRecord
@@ -63,7 +64,7 @@ class UnitMaker:
         self.backend = backends.resolve(backend, device.type)
         self.targets = self.source.targets(config, max(len(set(unit.classes)) for unit in self.units), device)
         self.objective = Objective(
-            fuse(teacher.model.to(device), backend=backend),
+            fuse(teacher.model.to(device), sites=config.sites, backend=backend),
             self.targets.matcher,
             config.ce_weight,
             config.bn_weight,
@@ -104,7 +105,7 @@ class UnitMaker:
         Interrupted : from the checkpoint
         """
         rows = [self.source.rows[k] for k in unit.classes]
-        labels = torch.tensor(self.targets.rows(rows), device=self.device)
+        groups = self.targets.groups(rows, self.config.grouping)
         outputs = self.source.outputs(torch.tensor(rows, device=self.device))
         state = checkpoint.load() if checkpoint else None
         attempt = checkpoint.attempt if state else attempt
@@ -113,7 +114,7 @@ class UnitMaker:
             try:
                 images, losses = optimise(
                     self.objective,
-                    labels,
+                    groups,
                     outputs,
                     seeds,
                     unit.number,
@@ -218,18 +219,36 @@ class Source:
 
     def targets(self, config: SynthesisConfig, at_once: int, device: torch.device) -> Targets:
         """On the device; `at_once` is the most classes that a unit has."""
+        names = self._sites(config)
+        options = {"sites": names, **config.matcher_options(self.teacher.model, names)}
         if config.targets == "class":
-            targets = Targets.class_wise(self.statistics, self.rows, at_once=at_once, device=device, distance=config.distance)
+            options |= {"global_share": config.global_share, "global_blend": config.global_blend}
+            targets = Targets.class_wise(self.statistics, self.rows, at_once=at_once, device=device, **options)
         elif config.targets == "global":
-            targets = Targets.pooled(Matcher.from_statistics(self.statistics, per_class=False, distance=config.distance))
+            targets = Targets.pooled(Matcher.from_statistics(self.statistics, per_class=False, **options))
         else:
-            sites = self._sites_that_ran()
-            targets = Targets.pooled(Matcher.from_running(self.teacher.model, sites=sites, distance=config.distance))
-        targets.matcher.to(device).site_weights[0] *= config.first_site_weight
+            channels = self.teacher.preprocessing.channels
+            targets = Targets.pooled(Matcher.from_running(self.teacher.model, pixel_channels=channels, **options))
+        targets.matcher.to(device).scale_first_site(config.first_site_weight)
         return targets
 
-    def _sites_that_ran(self) -> list[str] | None:
-        return [name for name in self.statistics.sites if "#" not in name] if self.statistics else None
+    def _sites(self, config: SynthesisConfig) -> list[str]:
+        """The names of the sites to match, in the order that they run in, where that is known from a recording."""
+        model, running = self.teacher.model, config.targets == "running"
+        chosen = [site.name for site in select(model, config.sites)]
+        if self.statistics is None:
+            return chosen
+        recorded = [name for name in self.statistics.sites if name.split("#")[0] in chosen and not (running and "#" in name)]
+        if running:  # layers that did not run in the recording are left out
+            others = [name for name in chosen if name not in batchnorm_layers(model)]
+            return [*others, *(name for name in recorded if name not in others)]
+        for rule in config.sites:
+            if not {site.name for site in select(model, [rule])} & {name.split("#")[0] for name in recorded}:
+                raise InputError(
+                    f"the class statistics have no site that {rule!r} names: they were recorded at "
+                    f"{', '.join(list(self.statistics.sites)[:5])} … Record them with `bnfuse record --sites {rule}`"
+                )
+        return recorded
 
     def outputs(self, rows: Tensor) -> Tensor:
         """The teacher's output for each of the original classes."""
@@ -241,7 +260,7 @@ class Source:
         """What it takes to make the dataset again."""
         statistics = self.statistics
         return {
-            "config": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()},
+            "config": config.to_card(),
             "backend": backend,
             "threads": threads,
             "teacher": {
@@ -252,5 +271,10 @@ class Source:
             "preprocessing": self.teacher.preprocessing.to_dict(),
             "statistics": None
             if statistics is None
-            else {"sha256": statistics.digest(), "dataset": statistics.dataset, "images": statistics.images.tolist()},
+            else {
+                "sha256": statistics.digest(),
+                "dataset": statistics.dataset,
+                "images": statistics.images.tolist(),
+                **({} if statistics.variance == "pooled" else {"variance": statistics.variance}),
+            },
         }
