@@ -176,7 +176,8 @@ class BatchNormHook:
 
     def _result(self) -> tuple[Tensor, Tensor, Tensor]:
         if self._parts:
-            self._measured, self._parts = self._complete(merge(self._parts)), []
+            whole = merge(self._parts, self.module.running_mean.device)
+            self._measured, self._parts = self._complete(whole), []
         if self._measured is None:
             raise AttributeError(f"this {type(self).__name__} has measured nothing yet: its layer has not run")
         return self._measured
