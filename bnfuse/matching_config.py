@@ -11,6 +11,7 @@ from torch import nn
 
 from .averaging import GRADIENTS, STARTS, MovingAverage
 from .errors import InputError
+from .matching import BLENDS
 from .reference import DISTANCES
 from .sites import SiteRule, select
 
@@ -31,7 +32,8 @@ class MatchingConfig:
         classes, else batch. A batch of several classes is matched to the mixture of their targets
     targets : statistics to match: each class's own, all classes pooled (global), or the network's running averages
         (running, needs no recording)
-    global_share : of all classes pooled in the targets of each class (EDC has 0.5)
+    global_share : of all classes pooled, beside the targets of each class (EDC has 0.5)
+    global_blend : what is blended of the two, their targets or the distances from them (EDC's code)
     distance : distance between statistics: see `reference.bn_distance`
     use_std : compare standard deviations, not variances
     distance_eps : added to variances under a root or a logarithm
@@ -58,6 +60,7 @@ class MatchingConfig:
     groups: str = "auto"
     targets: str = "class"
     global_share: float = 0.0
+    global_blend: str = "targets"
     distance: str = "l2"
     use_std: bool = False
     distance_eps: float = 1e-8
@@ -94,6 +97,7 @@ class MatchingConfig:
         allowed_values = {
             "groups": GROUPS,
             "targets": TARGETS,
+            "global_blend": BLENDS,
             "distance": DISTANCES,
             "site_reduction": REDUCTIONS,
             "moving_average_gradient": GRADIENTS,

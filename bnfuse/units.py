@@ -222,7 +222,7 @@ class Source:
         names = self._sites(config)
         options = {"sites": names, **config.matcher_options(self.teacher.model, names)}
         if config.targets == "class":
-            options["global_share"] = config.global_share
+            options |= {"global_share": config.global_share, "global_blend": config.global_blend}
             targets = Targets.class_wise(self.statistics, self.rows, at_once=at_once, device=device, **options)
         elif config.targets == "global":
             targets = Targets.pooled(Matcher.from_statistics(self.statistics, per_class=False, **options))
