@@ -675,6 +675,17 @@ def test_running_statistics_may_change_before_the_backward_pass():
     assert torch.autograd.grad(loss, x)[0].equal(expected)
 
 
+@pytest.mark.parametrize("hook_class", [BNFeatureHook, DeepInversionHook, gvbsm.BNFeatureHook])
+def test_gradients_of_gradients_of_a_frozen_layer(hook_class):
+    layer = fill(nn.BatchNorm2d(2)).double()
+    hook = hook_class(layer) if hook_class is not gvbsm.BNFeatureHook else hook_class(layer, 0.0)
+
+    def loss(x):
+        return layer(x).square().sum() + hook.r_feature
+
+    assert torch.autograd.gradgradcheck(loss, images(2, 2, 3, 3).requires_grad_())
+
+
 def test_gradients_of_gradients_by_weights_that_train():
     """Gradient inversion: the network's weights ask for gradients, which are differentiated by the images."""
     results, original = [], fill(CifarResNet(8, width=4)).double().requires_grad_()
