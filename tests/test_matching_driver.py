@@ -181,7 +181,7 @@ def test_a_teacher_without_batchnorm(tmp_path):
         for n in (40, 1)
     )
     assert long.losses["bn"] < 0.5 * short.losses["bn"]
-    with pytest.raises(InputError, match=r"nothing in Sequential fits the rule 'bn'; it has .*GroupNorm \(1\)"):
+    with pytest.raises(InputError, match=r"has no BatchNorm layer.*GroupNorm \(1\)"):
         UnitMaker(teacher, statistics, dataclasses.replace(config, sites=("bn",)), torch.device("cpu"), "auto")
 
 
