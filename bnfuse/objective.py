@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,7 +37,8 @@ class Objective:
     """``total = ce·CE(logits, labels) + bn·BN loss + tv·total variation + l2·‖pixels‖²`` (DeepInversion, arXiv 1912.08795,
     eqs. 1–4, with the class-wise targets of arXiv 2210.03205).
 
-    Terms whose weight is 0 are not computed, but for the BN loss, which costs nothing. `precision` is "float32", or "bfloat16"
+    Terms whose weight is 0 are not computed, but for the BN loss, which costs nothing. `prior_kind` is one of `priors.KINDS`.
+    `precision` is "float32", or "bfloat16"
     for activations and their gradients inside the teacher (autocast); moments, losses and images are in float32 in both.
     """
 
@@ -47,6 +49,20 @@ class Objective:
     tv_weight: float = 0.0
     l2_weight: float = 0.0
     precision: str = "float32"
+    prior_kind: str = "mean_squares"
+
+    @property
+    def site_names(self) -> list[str]:
+        """The sites of `Losses.distances`, in order."""
+        return self.matcher.names
+
+    def at(self, unit: int, step: int) -> Objective:
+        """The objective of a unit's `step`, from 0: this one."""
+        return self
+
+    def running_means(self, names: Iterable[str]) -> Tensor:
+        """See `FusedModel.running_means`."""
+        return self.teacher.running_means(names)
 
     def __call__(self, images: Tensor, view: Tensor, labels: Tensor, group_starts: Tensor, group_classes: Tensor) -> Losses:
         """The losses of one batch.
@@ -58,24 +74,33 @@ class Objective:
         labels : int64 [N], sorted by class; or probabilities [N, K]
         group_starts, group_classes : of the labels, see `matching.group_by_class`
         """
-        return self.combine(*self.look(images, view, labels, group_starts), group_classes)
+        return self.combine(*self.look(images, view, labels, group_starts), group_classes, len(images))
 
     def look(self, images: Tensor, view: Tensor, labels: Tensor, group_starts: Tensor) -> tuple[dict[str, Tensor], Moments]:
         """The forward pass: the terms that each image has of its own, as their means over the images, and the moments."""
+        means, moments = self.ask(view, labels, group_starts)
+        return means | self.prior_means(images, view), moments
+
+    def ask(self, view: Tensor, labels: Tensor, group_starts: Tensor) -> tuple[dict[str, Tensor], Moments]:
+        """What the teacher says of a view: the cross-entropy's mean over the images, and the moments."""
         with torch.autocast(view.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             logits, moments = self.teacher(view, group_starts)
         means = {}
         if self.ce_weight:
             means["ce"] = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels)
-        if self.tv_weight:
-            means["tv"] = priors.total_variation(images)
-        if self.l2_weight:
-            means["l2"] = priors.l2(images)
         return means, moments
 
-    def combine(self, means: dict[str, Tensor], moments: Moments, group_classes: Tensor) -> Losses:
-        """The losses of a batch whose means and moments these are."""
-        bn, distances = self.matcher.measure(moments, group_classes)
-        terms = {"bn": bn, **means}
+    def prior_means(self, images: Tensor, view: Tensor) -> dict[str, Tensor]:
+        """The image priors that have a weight, see `priors.image_means`."""
+        weights = {"tv": self.tv_weight, "l2": self.l2_weight}
+        return priors.image_means(images, view, self.prior_kind, {name for name, weight in weights.items() if weight})
+
+    def combine(self, means: dict[str, Tensor], moments: Moments, group_classes: Tensor, count: int) -> Losses:
+        """The losses of a batch of `count` images whose means and moments these are."""
+        return self.weigh(*self.matcher.measure(moments, group_classes), means, count)
+
+    def weigh(self, bn: Tensor, distances: Tensor, means: dict[str, Tensor], count: int) -> Losses:
+        """The weighted sum of the terms."""
+        terms = {"bn": bn, **priors.combine(means, count)}
         total = sum(getattr(self, f"{name}_weight") * value for name, value in terms.items())
         return Losses(total, terms | {"total": total}, distances)

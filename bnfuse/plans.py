@@ -9,13 +9,16 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from . import priors
 from .augment import Augmentation
+from .ensemble import TEACHER_PLANS, Committee
 from .errors import InputError
 from .objective import PRECISIONS
 from .reference import DISTANCES
 
 TARGETS = ("class", "global", "running")
 CLASS_PLANS = ("grouped", "balanced")
+SCHEDULES = ("cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class SynthesisConfig:
     low_resolution_iterations : steps at half the size before, from which the full size starts
     lr : Adam's learning rate at its peak, in units of the normalised image
     betas : Adam's betas
-    warmup : steps over which the learning rate rises; then it falls to 0 by a cosine
+    warmup : steps over which the learning rate rises
+    schedule : then it falls to 0 by a cosine, or is constant
+    clip : after each step images are cut to what pixels may be, as the stored ones are
     targets : statistics to match: each class's own, all classes pooled (global), or the network's running averages
         (running, needs no recording)
     distance : distance between statistics: see `reference.bn_distance`
@@ -44,14 +49,23 @@ class SynthesisConfig:
     ce_weight : weight of the cross-entropy
     tv_weight : weight of total variation
     l2_weight : weight of the mean squared pixel
+    prior_kind : what those two are: mean_squares; norms, as DeepInversion has them; or absolute differences, see `priors`
     jitter : largest random shift, in pixels at full size
     flip : random left-right flips
     crop_scale : least share of the area in random resized crops; 1 for none
+    crop_curriculum : share of a stage's steps over which the least crop falls from 1 to crop_scale (CDA); 0, it is constant
     noise_scale : standard deviation of the starting noise, normalised
     precision : of activations and their gradients in the teacher: float32, or bfloat16 (autocast), which is faster on hardware
         that has it; moments, losses and images are float32 in both
+    teacher_plan : of several teachers: all at every step (together), one a step (in_turn), or teachers_drawn for each batch
+        (drawn)
+    teachers_drawn : how many teachers are drawn
+    teacher_weights : factor of each teacher's losses (default: those of a step have the same, whose sum is 1)
+    teacher_priors : instead, what each teacher is worth in percent; weights are softmax(priors / teacher_temperature)
+    teacher_temperature : the larger, the more alike the weights
     soft_labels : also store the teacher's logits of each image
     seed : seed of everything random
+    preset : the named settings that these began from, see `presets`
 
     Raises
     ------
@@ -68,6 +82,8 @@ class SynthesisConfig:
     lr: float = 0.1
     betas: tuple[float, float] = (0.5, 0.9)
     warmup: int = 0
+    schedule: str = "cosine"
+    clip: bool = True
     targets: str = "class"
     distance: str = "l2"
     bn_weight: float = 1.0
@@ -75,16 +91,32 @@ class SynthesisConfig:
     ce_weight: float = 1.0
     tv_weight: float = 0.0
     l2_weight: float = 0.0
+    prior_kind: str = "mean_squares"
     jitter: int = 0
     flip: bool = False
     crop_scale: float = 1.0
+    crop_curriculum: float = 0.0
     noise_scale: float = 1.0
     precision: str = "float32"
+    teacher_plan: str = "together"
+    teachers_drawn: int = 2
+    teacher_weights: tuple[float, ...] | None = None
+    teacher_priors: tuple[float, ...] | None = None
+    teacher_temperature: float = 5.0
     soft_labels: bool = False
     seed: int = 0
+    preset: str | None = None
 
     def __post_init__(self):
-        positive = ("images_per_class", "batch_size", "classes_per_batch", "iterations", "lr")
+        positive = (
+            "images_per_class",
+            "batch_size",
+            "classes_per_batch",
+            "iterations",
+            "lr",
+            "teachers_drawn",
+            "teacher_temperature",
+        )
         not_negative = (
             "low_resolution_iterations",
             "warmup",
@@ -99,7 +131,15 @@ class SynthesisConfig:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
                 raise InputError(f"{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")
-        allowed_values = {"targets": TARGETS, "distance": DISTANCES, "precision": PRECISIONS, "class_plan": CLASS_PLANS}
+        allowed_values = {
+            "targets": TARGETS,
+            "distance": DISTANCES,
+            "precision": PRECISIONS,
+            "class_plan": CLASS_PLANS,
+            "schedule": SCHEDULES,
+            "prior_kind": priors.KINDS,
+            "teacher_plan": TEACHER_PLANS,
+        }
         for name, allowed in allowed_values.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -109,7 +149,7 @@ class SynthesisConfig:
             )
         if self.classes_per_batch > self.batch_size:
             raise InputError(f"{self.classes_per_batch} classes do not fit a batch of {self.batch_size} images")
-        Augmentation(self.jitter, self.flip, self.crop_scale)  # checks its own
+        Augmentation(self.jitter, self.flip, self.crop_scale, self.crop_curriculum)  # checks its own
 
     @classmethod
     def from_card(cls, card: dict) -> SynthesisConfig:
@@ -119,6 +159,18 @@ class SynthesisConfig:
             return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
         except TypeError as error:
             raise InputError(f"the card has no config that this bnfuse knows ({error}): use the version on the card") from error
+
+    @property
+    def committee(self) -> Committee:
+        """What several teachers are to each other."""
+        return Committee(
+            self.teacher_plan,
+            self.teachers_drawn,
+            self.teacher_weights,
+            self.teacher_priors,
+            self.teacher_temperature,
+            self.seed,
+        )
 
     @property
     def total_iterations(self) -> int:

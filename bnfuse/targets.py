@@ -12,6 +12,19 @@ from .statistics import ClassStatistics
 TARGET_BYTES = 2**30  # of targets on the device; those of 1,000 classes of a ResNet-50 are 212 MB
 
 
+def budget_of_each(statistics: Sequence[ClassStatistics | None], classes: int) -> int:
+    """Bytes of the device for the targets of each of several teachers: all that they want if that is `TARGET_BYTES` together,
+    else 0, so that all bring them class by class and every teacher's rows are the same. For one teacher it is all there is."""
+    if len(statistics) == 1:
+        return TARGET_BYTES
+    whole = sum(_row_bytes(each) * classes for each in statistics if each is not None)
+    return TARGET_BYTES if whole <= TARGET_BYTES else 0
+
+
+def _row_bytes(statistics: ClassStatistics) -> int:
+    return 2 * 4 * sum(statistics.site_channels.values())  # mean and var, float32
+
+
 class Targets:
     """A `Matcher` and, for each batch, the rows of its table.
 
@@ -49,8 +62,7 @@ class Targets:
         budget : bytes of targets that the device may hold; one batch's are held in any case
         options : of the `Matcher`
         """
-        row_bytes = 2 * 4 * sum(statistics.site_channels.values())  # mean and var, float32
-        if row_bytes * len(classes) <= budget:
+        if _row_bytes(statistics) * len(classes) <= budget:
             matcher = Matcher.from_statistics(statistics, classes=classes, **options).to(device)
             return cls(matcher, {k: row for row, k in enumerate(classes)})
         matcher = Matcher.from_statistics(statistics, classes=classes[:at_once], **options).to(device)
