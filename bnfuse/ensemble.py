@@ -10,6 +10,8 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -106,8 +108,8 @@ class Ensemble:
 
     def running_means(self, names: Iterable[str]) -> Tensor:
         """See `FusedModel.running_means`: [T], of whichever teachers the names are of."""
-        parts = (name.split("/", 1) for name in names)
-        return torch.cat([self.members[int(number) - 1].running_means([name]) for number, name in parts])
+        parts = groupby((name.split("/", 1) for name in names), key=itemgetter(0))
+        return torch.cat([self.members[int(number) - 1].running_means([name for _, name in part]) for number, part in parts])
 
     def __call__(self, images: Tensor, view: Tensor, labels: Tensor, group_starts: Tensor, group_classes: Tensor) -> Losses:
         """See `Objective`; the terms are sums over the teachers, weighted by what their words weigh."""
@@ -127,7 +129,7 @@ class Ensemble:
         for k, weight in zip(self.chosen, self.weights):
             member = self.members[k]
             own = {name: moments[_prefixed(k, name)] for name in member.site_names if _prefixed(k, name) in moments}
-            value, each = member.matcher.measure(own, group_classes)
+            value, each = member.measure(own, group_classes)
             bn, distances = bn + weight * value, [*distances, each]
         return self.members[0].weigh(bn, torch.cat(distances, dim=1), means, count)
 

@@ -15,7 +15,7 @@ from . import backends, ops
 from .errors import InputError
 from .fusion import Moments
 from .models import batchnorm_layers
-from .reference import DISTANCES, bn_distance
+from .reference import DISTANCES, EAGER_DISTANCES, bn_distance
 from .statistics import ClassStatistics
 
 _ROWS_AT_ONCE = 64  # of the statistics, in float64
@@ -55,8 +55,8 @@ class Matcher(nn.Module):
     ):
         super().__init__()
         backends.check_name(backend)
-        if distance not in DISTANCES:
-            raise InputError(f"unknown distance {distance!r}; choose one of {', '.join(DISTANCES)}")
+        if distance not in (known := (*DISTANCES, *EAGER_DISTANCES)):
+            raise InputError(f"unknown distance {distance!r}; choose one of {', '.join(known)}")
         if reduction not in ("sum", "mean"):
             raise InputError(f"reduction over sites must be 'sum' or 'mean', got {reduction!r}")
         if unknown := set(site_weights or {}) - set(names):

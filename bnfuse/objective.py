@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,14 +33,22 @@ class Losses(NamedTuple):
     distances: Tensor
 
 
+def _with_values(moments: Moments, change: Callable[[Tensor], Tensor]) -> Moments:
+    """The same moments with other values."""
+    changed = copy.copy(moments)
+    changed.update({name: (change(mean), change(var)) for name, (mean, var) in moments.items()})
+    return changed
+
+
 @dataclass(frozen=True)
 class Objective:
     """``total = ce·CE(logits, labels) + bn·BN loss + tv·total variation + l2·‖pixels‖²`` (DeepInversion, arXiv 1912.08795,
     eqs. 1–4, with the class-wise targets of arXiv 2210.03205).
 
     Terms whose weight is 0 are not computed, but for the BN loss, which costs nothing. `prior_kind` is one of `priors.KINDS`.
-    `precision` is "float32", or "bfloat16"
-    for activations and their gradients inside the teacher (autocast); moments, losses and images are in float32 in both.
+    With `emphasis` group g counts site g mod S twice (DSG, arXiv 2103.01049); with `round_moments` moments have the values of
+    float16, and their own gradient. `precision` is "float32", or "bfloat16" for activations and their gradients inside the
+    teacher (autocast); moments, losses and images are in float32 in both.
     """
 
     teacher: FusedModel
@@ -50,6 +59,8 @@ class Objective:
     l2_weight: float = 0.0
     precision: str = "float32"
     prior_kind: str = "mean_squares"
+    emphasis: bool = False
+    round_moments: bool = False
 
     @property
     def site_names(self) -> list[str]:
@@ -97,7 +108,19 @@ class Objective:
 
     def combine(self, means: dict[str, Tensor], moments: Moments, group_classes: Tensor, count: int) -> Losses:
         """The losses of a batch of `count` images whose means and moments these are."""
-        return self.weigh(*self.matcher.measure(moments, group_classes), means, count)
+        return self.weigh(*self.measure(moments, group_classes), means, count)
+
+    def measure(self, moments: Moments, group_classes: Tensor) -> tuple[Tensor, Tensor]:
+        """The BN loss and each group's distance at each site, see `Matcher.measure`."""
+        if self.round_moments:
+            moments = _with_values(moments, lambda value: value + (value.half().to(value.dtype) - value).detach())
+        if not self.emphasis:
+            return self.matcher.measure(moments, group_classes)
+        distances = self.matcher.site_distances(moments, group_classes)  # [G, S]
+        groups, sites = distances.shape
+        turn = torch.arange(groups, device=distances.device) % sites
+        weights = 1 + F.one_hot(turn, sites)
+        return (distances * weights * self.matcher.site_weights).sum(1).mean(), distances.detach()
 
     def weigh(self, bn: Tensor, distances: Tensor, means: dict[str, Tensor], count: int) -> Losses:
         """The weighted sum of the terms."""

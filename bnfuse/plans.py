@@ -14,7 +14,7 @@ from .augment import Augmentation
 from .ensemble import TEACHER_PLANS, Committee
 from .errors import InputError
 from .objective import PRECISIONS
-from .reference import DISTANCES
+from .reference import DISTANCES, EAGER_DISTANCES
 
 TARGETS = ("class", "global", "running")
 CLASS_PLANS = ("grouped", "balanced")
@@ -45,6 +45,8 @@ class SynthesisConfig:
         (running, needs no recording)
     distance : distance between statistics: see `reference.bn_distance`
     bn_weight : weight of the BN-statistic loss
+    emphasis : each group counts one site twice, the next group the next one (DSG)
+    round_moments : moments are rounded to float16 before they are matched, as in a hook under autocast (FADRM)
     first_site_weight : weight of the first BN layer, where the other layers have 1; it alone sees the pixels' statistics
     ce_weight : weight of the cross-entropy
     tv_weight : weight of total variation
@@ -88,6 +90,8 @@ class SynthesisConfig:
     distance: str = "l2"
     bn_weight: float = 1.0
     first_site_weight: float = 10.0
+    emphasis: bool = False
+    round_moments: bool = False
     ce_weight: float = 1.0
     tv_weight: float = 0.0
     l2_weight: float = 0.0
@@ -133,7 +137,7 @@ class SynthesisConfig:
                 raise InputError(f"{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")
         allowed_values = {
             "targets": TARGETS,
-            "distance": DISTANCES,
+            "distance": (*DISTANCES, *EAGER_DISTANCES),
             "precision": PRECISIONS,
             "class_plan": CLASS_PLANS,
             "schedule": SCHEDULES,

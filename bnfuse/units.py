@@ -84,6 +84,8 @@ class UnitMaker:
             config.l2_weight,
             config.precision,
             config.prior_kind,
+            config.emphasis,
+            config.round_moments,
         )
 
     def card(self, threads: int | None) -> dict:
