@@ -334,3 +334,7 @@ def table() -> str:
         *(f"| `{name}` | {each.source} | `{settings(name)}` | {each.left_out} |" for name, each in PRESETS.items()),
     ]
     return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

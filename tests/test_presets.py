@@ -1,0 +1,130 @@
+"""Presets: each one's loss and gradient are those of its project's formula, and the driver takes their settings."""
+
+import math
+
+import pytest
+import torch
+import transcriptions
+from torch import nn
+
+from bnfuse import InputError, SynthesisConfig, preset
+from bnfuse.augment import Augmentation
+from bnfuse.cli import main
+from bnfuse.models import Teacher, freeze
+from bnfuse.optimisation import learning_rate
+from bnfuse.preprocessing import Preprocessing
+from bnfuse.presets import PRESETS, listing, settings, table
+from bnfuse.priors import combine, image_means
+
+SIZE, CLASSES = 20, 4
+PREPROCESSING = Preprocessing((SIZE, SIZE), (0.5,) * 3, (0.25,) * 3)
+PAGE = "docs/presets.md"
+
+
+class Small(nn.Module):
+    """Conv, BN, ReLU and a residual, at two sizes."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        conv = lambda c_in, stride=1: nn.Conv2d(c_in, width, 3, stride, padding=1, bias=False)
+        self.conv1, self.bn1 = conv(3), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = conv(width), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = conv(width, 2), nn.BatchNorm2d(width)
+        self.fc = nn.Linear(width, CLASSES)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(self.bn2(self.conv2(x)) + x)
+        x = torch.relu(self.bn3(self.conv3(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def teacher(width: int, seed: int) -> Teacher:
+    torch.manual_seed(seed)
+    model = Small(width)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 1.5)
+    return Teacher(freeze(model), "small", CLASSES, PREPROCESSING)
+
+
+# ---- the table ----
+
+
+def test_presets_are_configs_and_changes_win():
+    for name in PRESETS:
+        config = preset(name)
+        assert config.preset == name and preset(name, lr=0.125).lr == 0.125
+        assert all(getattr(config, field) == value for field, value in PRESETS[name].fields.items())
+    assert preset("soufleri") == SynthesisConfig(preset="soufleri")
+    with pytest.raises(InputError, match="no preset is called 'sre3l'; choose one of soufleri, deepinversion, sre2l"):
+        preset("sre3l")
+
+
+def test_every_project_that_is_named_has_a_preset_and_a_transcription():
+    names = "deepinversion sre2l cda lpld wmdd gvbsm edc dwa cvdd fadrm zeroq gdfq intraq fast_datafree breaching abd dsg"
+    assert set(PRESETS) == {*names.split(), "dp_imgsyn", "soufleri"}
+    assert all(callable(getattr(transcriptions, name)) for name in PRESETS)
+
+
+def test_the_page_shows_the_table(pytestconfig):
+    page = (pytestconfig.rootpath / PAGE).read_text()
+    shown = page.partition("<!-- presets -->\n")[2].partition("\n<!-- /presets -->")[0]
+    assert shown == table(), "put what `python -m bnfuse.presets` prints between the page's markers"
+
+
+def test_settings_are_what_the_command_line_takes(capsys):
+    assert settings("zeroq").startswith("--sites bn pixels --targets running --groups sample")
+    assert "--no-clip" in settings("zeroq") and "--betas 0.9 0.999" in settings("zeroq")
+    with pytest.raises(SystemExit) as ended:
+        main(["synthesize", "--list-presets"])
+    assert ended.value.code == 0 and capsys.readouterr().out == listing() + "\n"
+
+
+# ---- what presets brought into the driver ----
+
+
+def test_the_crop_curriculum_is_cdas():
+    curriculum = Augmentation(crop_scale=0.08, crop_curriculum=0.5)
+    for i in range(21):
+        expected = 0.08 + 0.92 * (1 + math.cos(math.pi * i / 10)) / 2 if i < 10 else 0.08
+        assert curriculum.least_crop(i / 20) == pytest.approx(expected)
+    images, generator = torch.zeros(1, 3, 64, 64), torch.Generator().manual_seed(0)
+    areas = [[_area(curriculum.draw(images, generator, progress=p)) for _ in range(200)] for p in (0.0, 0.25, 1.0)]
+    assert min(areas[0]) > 0.85 and 0.4 < min(areas[1]) < 0.6 and min(areas[2]) < 0.12
+    with pytest.raises(InputError, match="crop_curriculum must be a share of the steps, from 0 to 1, got 2"):
+        SynthesisConfig(crop_curriculum=2)
+
+
+def _area(view) -> float:
+    return view.crop[2] * view.crop[3] / 64**2
+
+
+def test_a_constant_schedule():
+    config = SynthesisConfig(lr=0.5, warmup=3, iterations=9, schedule="constant")
+    assert [learning_rate(config, step) for step in range(1, 10)] == [0.125, 0.25, 0.375, *[0.5] * 6]
+
+
+@pytest.mark.parametrize("parts", [[5], [2, 3], [1, 1, 3]])
+def test_priors_of_each_kind_from_parts_of_a_batch(parts):
+    images = torch.randn(5, 3, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    view = images.roll((1, 2), (2, 3))
+    four = transcriptions.four_differences
+    expected = {
+        "norms": (sum(d.norm() for d in four(view)), view.flatten(1).norm(dim=1).mean()),
+        "absolute": (sum(d.abs().mean() for d in four(images)), images.square().mean()),
+        "mean_squares": (sum(d.square().mean() for d in four(images)[:2]), images.square().mean()),
+    }
+    for kind, (tv, l2) in expected.items():
+        means: dict = {}
+        for rows, count in zip(torch.arange(5).split(parts), parts):
+            for name, value in image_means(images[rows], view[rows], kind, ("tv", "l2")).items():
+                means[name] = means.get(name, 0) + count / 5 * value
+        terms = combine(means, 5)
+        assert set(terms) == {"tv", "l2"}
+        torch.testing.assert_close(terms["tv"], tv, rtol=1e-12, atol=0)
+        torch.testing.assert_close(terms["l2"], l2, rtol=1e-12, atol=0)
+    flat = torch.ones(1, 1, 3, 3, requires_grad=True)
+    variation = combine(image_means(flat, flat, "norms", ("tv",)), 1)["tv"]
+    assert torch.autograd.grad(variation, flat)[0].equal(torch.zeros(1, 1, 3, 3))  # as a norm's at 0
