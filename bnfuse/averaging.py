@@ -75,27 +75,35 @@ class MovingAverage(nn.Module):
         return values[0], values[1]
 
     def reset(self) -> None:
-        """Begins anew, in the memory that is there: a captured graph goes on with it."""
-        for buffer in (self.mean, self.var, self.begun):
-            buffer.zero_()
+        """Begins anew; the next batch may have other groups."""
+        self.mean, self.var = self.mean.new_zeros(0, 0), self.var.new_zeros(0, 0)
+        self.begun = torch.zeros_like(self.begun)
 
-    def resize(self, groups: int, channels: int, like: Tensor) -> None:
-        """Begins anew for moments [groups, channels] of the dtype and on the device of `like`."""
-        if self.mean.shape == (groups, channels) and (self.mean.dtype, self.mean.device) == (like.dtype, like.device):
-            return self.reset()
-        self.mean, self.var = like.new_zeros(groups, channels), like.new_zeros(groups, channels)
-        self.begun = torch.tensor(False, device=like.device)
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the buffers, for `restore`."""
+        return {name: value.clone() for name, value in self.named_buffers()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Goes on from a `state`: where there are buffers of its shape, in their memory, which a captured graph reads.
+
+        That of an average that had not begun leaves zeros, of whatever shape there is.
+        """
+        for name, old in list(self.named_buffers()):
+            new = state[name] if state[name].numel() else torch.zeros_like(old)
+            if new.shape == old.shape and new.dtype == old.dtype:
+                old.copy_(new)
+            else:
+                setattr(self, name, new.to(self.begun.device, copy=True))
 
     def _fit(self, mean: Tensor) -> None:
         if not self.mean.numel():
-            self.resize(*mean.shape, mean.detach())
-        elif self.mean.shape != mean.shape:
+            blank = torch.zeros_like(mean, requires_grad=False, memory_format=torch.contiguous_format)
+            self.mean, self.var, self.begun = blank, blank.clone(), self.begun.to(mean.device)
+        elif self.mean.shape != mean.shape or self.mean.dtype != mean.dtype:
             raise InputError(
-                f"a moving average of moments {list(self.mean.shape)} was given {list(mean.shape)}: groups and sites must stay "
-                "the same; call resize() before another batch begins"
+                f"a moving average of {self.mean.dtype} moments {list(self.mean.shape)} was given {mean.dtype} "
+                f"{list(mean.shape)}: groups and sites must stay the same; call reset() before another batch begins"
             )
-        elif self.mean.dtype != mean.dtype:
-            self.mean, self.var = self.mean.to(mean.dtype), self.var.to(mean.dtype)
 
     def extra_repr(self) -> str:
         return f"momentum={self.momentum}, gradient={self.gradient}, start={self.start}"

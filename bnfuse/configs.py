@@ -56,11 +56,15 @@ def given_flags(config: type, args: argparse.Namespace) -> dict[str, object]:
 
 
 def _attribute_texts(config: type) -> dict[str, str]:
-    """The lines ``name, name : text`` under "Attributes" in a NumPy-style docstring, by name."""
-    section = re.search(r"Attributes\n\s*-+\n(.*?)(?:\n\s*\n|\Z)", config.__doc__, re.DOTALL)[1]
+    """The lines ``name, name : text`` under "Attributes" in a NumPy-style docstring and those of the classes derived from, by
+    name."""
     texts: dict[str, str] = {}
-    for names, text in re.findall(r"^    (\w[\w, ]*?) : (.*(?:\n        .*)*)", section, re.MULTILINE):
-        texts |= {name: re.sub(r"\s+", " ", text) for name in names.split(", ")}
+    for part in config.__mro__:
+        section = re.search(r"Attributes\n\s*-+\n(.*?)(?:\n\s*\n|\Z)", part.__doc__ or "", re.DOTALL)
+        for names, text in re.findall(
+            r"^    (\w[\w, ]*?) : (.*(?:\n        .*)*)", section[1] if section else "", re.MULTILINE
+        ):
+            texts = {name: re.sub(r"\s+", " ", text) for name in names.split(", ")} | texts
     return texts
 
 

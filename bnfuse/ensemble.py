@@ -11,13 +11,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from .errors import InputError
-from .fusion import FusedModel, Moments
+from .fusion import FusedModel
+from .moments import Moments
 from .objective import Losses, Objective
 from .seeds import derive_seed
 
@@ -102,37 +102,69 @@ class Ensemble:
     def site_names(self) -> list[str]:
         return [_prefixed(k, name) for k in self.chosen for name in self.members[k].site_names]
 
+    @property
+    def has_priors(self) -> bool:
+        return self.members[0].has_priors
+
     def at(self, unit: int, step: int) -> Ensemble:
         """The ensemble of a unit's `step`, from 0: the same object for the same teachers."""
         return self._choose(self.committee.at(unit, step, len(self.members)))
 
-    def running_means(self, names: Iterable[str]) -> Tensor:
+    def running_means(self, names: Iterable[str], channels: Iterable[int]) -> Tensor:
         """See `FusedModel.running_means`: [T], of whichever teachers the names are of."""
-        parts = groupby((name.split("/", 1) for name in names), key=itemgetter(0))
-        return torch.cat([self.members[int(number) - 1].running_means([name for _, name in part]) for number, part in parts])
+        means = []
+        for number, part in groupby(zip(names, channels), key=lambda pair: pair[0].partition("/")[0]):
+            own, sizes = zip(*part)
+            means.append(self.members[int(number) - 1].running_means([name.partition("/")[2] for name in own], sizes))
+        return torch.cat(means)
+
+    def begin(self) -> None:
+        """See `Objective`."""
+        for member in self.members:
+            member.begin()
+
+    def draw(self, generator: torch.Generator) -> None:
+        for k in self.chosen:
+            self.members[k].draw(generator)
+
+    def state(self) -> dict[str, Tensor]:
+        states = ((k, name, value) for k, member in enumerate(self.members) for name, value in member.state().items())
+        return {_prefixed(k, name): value for k, name, value in states}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        for k, member in enumerate(self.members):
+            member.restore({name: state[_prefixed(k, name)] for name in member.state()})
 
     def __call__(self, images: Tensor, view: Tensor, labels: Tensor, group_starts: Tensor, group_classes: Tensor) -> Losses:
         """See `Objective`; the terms are sums over the teachers, weighted by what their words weigh."""
         return self.combine(*self.look(images, view, labels, group_starts), group_classes, len(images))
 
     def look(self, images: Tensor, view: Tensor, labels: Tensor, group_starts: Tensor) -> tuple[dict[str, Tensor], Moments]:
-        means, moments = {}, {}
+        means, moments = {}, Moments(group_starts=group_starts)
         for k, weight in zip(self.chosen, self.weights):
             own, seen = self.members[k].ask(view, labels, group_starts)
             for name, value in own.items():
                 means[name] = means.get(name, 0) + weight * value
-            moments |= {_prefixed(k, name): pair for name, pair in seen.items()}
+            moments.update({_prefixed(k, name): pair for name, pair in seen.items()})
+            moments.positions |= {_prefixed(k, name): count for name, count in seen.positions.items()}
         return means | self.members[0].prior_means(images, view), moments
 
     def combine(self, means: dict[str, Tensor], moments: Moments, group_classes: Tensor, count: int) -> Losses:
         bn, distances = 0, []
         for k, weight in zip(self.chosen, self.weights):
             member = self.members[k]
-            own = {name: moments[_prefixed(k, name)] for name in member.site_names if _prefixed(k, name) in moments}
-            value, each = member.measure(own, group_classes)
+            value, each = member.measure(_of_teacher(k, moments), group_classes)
             bn, distances = bn + weight * value, [*distances, each]
         return self.members[0].weigh(bn, torch.cat(distances, dim=1), means, count)
 
 
 def _prefixed(k: int, name: str) -> str:
     return f"{k + 1}/{name}"
+
+
+def _of_teacher(k: int, moments: Moments) -> Moments:
+    """Its moments among those of several, under the names that it knows."""
+    start = _prefixed(k, "")
+    own = {name: pair for name, pair in moments.items() if name.startswith(start)}
+    counts = {name.removeprefix(start): count for name, count in moments.positions.items() if name.startswith(start)}
+    return Moments({name.removeprefix(start): pair for name, pair in own.items()}, counts, moments.group_starts)

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import priors
-from .fusion import FusedModel, Moments
+from .fusion import FusedModel
 from .matching import Matcher
+from .moments import Moments
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -46,9 +47,8 @@ class Objective:
     eqs. 1–4, with the class-wise targets of arXiv 2210.03205).
 
     Terms whose weight is 0 are not computed, but for the BN loss, which costs nothing. `prior_kind` is one of `priors.KINDS`.
-    With `emphasis` group g counts site g mod S twice (DSG, arXiv 2103.01049); with `round_moments` moments have the values of
-    float16, and their own gradient. `precision` is "float32", or "bfloat16" for activations and their gradients inside the
-    teacher (autocast); moments, losses and images are in float32 in both.
+    With `round_moments` moments have the values of float16, and their own gradient. `precision` is "float32", or "bfloat16" for
+    activations and their gradients inside the teacher (autocast); moments, losses and images are in float32 in both.
     """
 
     teacher: FusedModel
@@ -59,7 +59,6 @@ class Objective:
     l2_weight: float = 0.0
     precision: str = "float32"
     prior_kind: str = "mean_squares"
-    emphasis: bool = False
     round_moments: bool = False
 
     @property
@@ -67,13 +66,18 @@ class Objective:
         """The sites of `Losses.distances`, in order."""
         return self.matcher.names
 
+    @property
+    def has_priors(self) -> bool:
+        """Whether there is a term that looks at the images beside the teacher."""
+        return bool(self.tv_weight or self.l2_weight)
+
     def at(self, unit: int, step: int) -> Objective:
         """The objective of a unit's `step`, from 0: this one."""
         return self
 
-    def running_means(self, names: Iterable[str]) -> Tensor:
+    def running_means(self, names: Iterable[str], channels: Iterable[int]) -> Tensor:
         """See `FusedModel.running_means`."""
-        return self.teacher.running_means(names)
+        return self.teacher.running_means(names, channels)
 
     def __call__(self, images: Tensor, view: Tensor, labels: Tensor, group_starts: Tensor, group_classes: Tensor) -> Losses:
         """The losses of one batch.
@@ -82,10 +86,31 @@ class Objective:
         ----------
         images : [N, C, H, W], normalised; the priors look at these
         view : like images, what the teacher sees
-        labels : int64 [N], sorted by class; or probabilities [N, K]
-        group_starts, group_classes : of the labels, see `matching.group_by_class`
+        labels : int64 [N], or probabilities [N, K]
+        group_starts, group_classes : what is matched together, see `matching.group_by_class` and `Targets.groups`
         """
         return self.combine(*self.look(images, view, labels, group_starts), group_classes, len(images))
+
+    # What the loss keeps from step to step: a moving average of the moments, and which sites are left out.
+
+    def begin(self) -> None:
+        """Forgets what came before: another batch begins."""
+        if self.matcher.moving_average is not None:
+            self.matcher.moving_average.reset()
+
+    def draw(self, generator: torch.Generator) -> None:
+        """What is random about the next step's loss; a generator of the CPU."""
+        self.matcher.draw_sites(generator)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of what is kept from step to step, by name; nothing where nothing is."""
+        average = self.matcher.moving_average
+        return {} if average is None else {f"average_{name}": value for name, value in average.state().items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Goes on from a `state`."""
+        if (average := self.matcher.moving_average) is not None:
+            average.restore({name: state[f"average_{name}"] for name in average.state()})
 
     def look(self, images: Tensor, view: Tensor, labels: Tensor, group_starts: Tensor) -> tuple[dict[str, Tensor], Moments]:
         """The forward pass: the terms that each image has of its own, as their means over the images, and the moments."""
@@ -114,13 +139,7 @@ class Objective:
         """The BN loss and each group's distance at each site, see `Matcher.measure`."""
         if self.round_moments:
             moments = _with_values(moments, lambda value: value + (value.half().to(value.dtype) - value).detach())
-        if not self.emphasis:
-            return self.matcher.measure(moments, group_classes)
-        distances = self.matcher.site_distances(moments, group_classes)  # [G, S]
-        groups, sites = distances.shape
-        turn = torch.arange(groups, device=distances.device) % sites
-        weights = 1 + F.one_hot(turn, sites)
-        return (distances * weights * self.matcher.site_weights).sum(1).mean(), distances.detach()
+        return self.matcher.measure(moments, group_classes)
 
     def weigh(self, bn: Tensor, distances: Tensor, means: dict[str, Tensor], count: int) -> Losses:
         """The weighted sum of the terms."""

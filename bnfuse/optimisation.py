@@ -16,7 +16,6 @@ from .capture import CapturedObjective
 from .distributed import ALONE, Team
 from .ensemble import Ensemble
 from .errors import BnfuseError, InputError
-from .matching import group_by_class
 from .models import Teacher
 from .objective import Losses, Objective
 from .seeds import derive_seed
@@ -57,7 +56,7 @@ class Checkpoint(Protocol):
 
 def optimise(
     objective: Objective | Ensemble,
-    labels: Tensor,
+    groups: tuple[Tensor, Tensor],
     outputs: Tensor,
     seeds: Sequence[int],
     unit: int,
@@ -76,7 +75,8 @@ def optimise(
 
     Parameters
     ----------
-    labels : int64 [N], each image's row of the targets, in runs of one class
+    groups : int64 [G + 1], where each group of the N images that has statistics of its own begins; and each group's row of the
+        targets, or a mixture of rows, see `Targets.groups`
     outputs : int64 [N], the logit to raise, or probabilities [N, K]
     seeds : N of them, one an image; `unit` seeds the views
     show : called now and then with the step, this rank's images so far, and the loss terms
@@ -96,10 +96,11 @@ def optimise(
     InputError : a micro_batch that is not positive, a cuda_graph of something else, a state of another unit
     NonFiniteLoss : on all ranks of the team alike
     """
-    group_starts, group_classes = group_by_class(labels)
+    group_starts, group_classes = groups
     batch = VirtualBatch(group_starts, micro_batch, team, objective.running_means)
     seeds, outputs = seeds[batch.rows], outputs[batch.rows]
-    device, home = labels.device, torch.device("cpu") if offload else labels.device
+    device = group_starts.device
+    home = torch.device("cpu") if offload else device
     low, high = _valid_range(teacher, device)
     valid_range = (low, high) if config.clip else None
     captured: dict[int, CapturedObjective] = {}  # by the objective's id: a graph for every choice of teachers
@@ -107,8 +108,9 @@ def optimise(
         check_cuda_graph(device, batch.is_plain and not offload)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "views", unit))
     watch, images, step, terms = _Watch(unit), None, 0, {}
+    objective.begin()
     if state is not None:
-        images, step = _restore(state, batch, home, generator, config)
+        images, step = _restore(state, batch, home, generator, objective, config)
 
     def losses_and_gradients(active: Objective, view: View) -> tuple[Losses, Iterable[tuple[slice, Tensor]]]:
         """The loss of the whole batch; then, one micro-batch after the other, its rows and their gradient."""
@@ -141,6 +143,7 @@ def optimise(
         while step < end:
             view = augmentation.draw(images.values, generator, batch.count, (step - begin) / steps)[batch.rows]
             active = objective.at(unit, step)
+            active.draw(generator)
             losses, gradients = losses_and_gradients(active, view)
             for rows, gradient in gradients:
                 images.adam(rows, gradient, step - begin, learning_rate(config, step + 1), config.betas, valid_range)
@@ -151,7 +154,7 @@ def optimise(
                 show(step, images.values, terms)
             if step < config.total_iterations and _wanted(checkpoint, step, team, device):
                 watch.check()
-                checkpoint.save(step, _state(images, step, batch, generator))
+                checkpoint.save(step, _state(images, step, batch, generator, objective))
     return team.gather_rows(images.values[: batch.owned], batch.count), terms
 
 
@@ -270,9 +273,12 @@ def _wanted(checkpoint: Checkpoint | None, step: int, team: Team, device: torch.
     return due if team.size == 1 else bool(team.sum_(torch.tensor([float(due)], device=device)))
 
 
-def _state(images: Images, step: int, batch: VirtualBatch, generator: torch.Generator) -> dict[str, Tensor]:
+def _state(
+    images: Images, step: int, batch: VirtualBatch, generator: torch.Generator, objective: Objective
+) -> dict[str, Tensor]:
     """What `_restore` goes on from, of the whole batch: copies, contiguous, on the CPU."""
-    state = {"step": torch.tensor(step), "generator": generator.get_state()}
+    kept = {name: value.cpu() for name, value in objective.state().items()}
+    state = {"step": torch.tensor(step), "generator": generator.get_state(), **kept}
     for name in _TENSORS:
         whole = batch.team.gather_rows(getattr(images, name)[: batch.owned], batch.count)
         state[name] = whole.clone(memory_format=torch.contiguous_format).cpu()
@@ -280,10 +286,15 @@ def _state(images: Images, step: int, batch: VirtualBatch, generator: torch.Gene
 
 
 def _restore(
-    state: dict[str, Tensor], batch: VirtualBatch, home: torch.device, generator: torch.Generator, config: SynthesisConfig
+    state: dict[str, Tensor],
+    batch: VirtualBatch,
+    home: torch.device,
+    generator: torch.Generator,
+    objective: Objective,
+    config: SynthesisConfig,
 ) -> tuple[Images, int]:
-    """This rank's images and the step they are at; sets the generator."""
-    if missing := {*_TENSORS, "step", "generator"} - set(state):
+    """This rank's images and the step they are at; sets the generator and what the loss keeps."""
+    if missing := {*_TENSORS, "step", "generator", *objective.state()} - set(state):
         raise InputError(f"the state of a unit lacks {', '.join(sorted(missing))}; begin the unit again")
     step, count = int(state["step"]), len(state["values"])
     if count != batch.count or not 0 < step < config.total_iterations:
@@ -292,6 +303,7 @@ def _restore(
             f"{config.total_iterations} steps: it is another's; begin the unit again"
         )
     generator.set_state(state["generator"])
+    objective.restore(state)
     # Laid out as `Images` does it: strides that mean the same (of one channel) may choose another convolution, and other bits.
     own = [state[name][batch.rows].to(home, copy=True).contiguous(memory_format=torch.channels_last) for name in _TENSORS]
     return Images(*own), step
@@ -324,7 +336,7 @@ class _Watch:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         sites = (~distances.isfinite()).any(0).nonzero().flatten().tolist()
         where = names[sites[0]] if sites else bad[0]
-        began = f"it began at BatchNorm layer {where!r}, whose statistics or distance are not; " if sites else ""
+        began = f"it began at site {where!r}, whose statistics or distance are not; " if sites else ""
         return NonFiniteLoss(
             f"unit {self.unit}, step {step}: the loss is not finite ({', '.join(f'{n} = {values[n]}' for n in bad)}); {began}"
             "lower lr or bn_weight, or choose a distance that does not divide by the variance",

@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from . import priors
 from .augment import Augmentation
 from .ensemble import TEACHER_PLANS, Committee
 from .errors import InputError
+from .matching_config import MatchingConfig
 from .objective import PRECISIONS
-from .reference import DISTANCES, EAGER_DISTANCES
+from .sites import SiteRule
 
-TARGETS = ("class", "global", "running")
 CLASS_PLANS = ("grouped", "balanced")
 SCHEDULES = ("cosine", "constant")
 
 
 @dataclass(frozen=True)
-class SynthesisConfig:
-    """Everything that decides which images come out, beside the teacher and the statistics.
+class SynthesisConfig(MatchingConfig):
+    """Everything that decides which images come out, beside the teacher and the statistics: what is here, and how statistics
+    are matched, which `MatchingConfig` has.
 
     Attributes
     ----------
@@ -41,13 +42,8 @@ class SynthesisConfig:
     warmup : steps over which the learning rate rises
     schedule : then it falls to 0 by a cosine, or is constant
     clip : after each step images are cut to what pixels may be, as the stored ones are
-    targets : statistics to match: each class's own, all classes pooled (global), or the network's running averages
-        (running, needs no recording)
-    distance : distance between statistics: see `reference.bn_distance`
-    bn_weight : weight of the BN-statistic loss
-    emphasis : each group counts one site twice, the next group the next one (DSG)
+    bn_weight : weight of the BN-statistic loss; negative drives the statistics away
     round_moments : moments are rounded to float16 before they are matched, as in a hook under autocast (FADRM)
-    first_site_weight : weight of the first BN layer, where the other layers have 1; it alone sees the pixels' statistics
     ce_weight : weight of the cross-entropy
     tv_weight : weight of total variation
     l2_weight : weight of the mean squared pixel
@@ -86,11 +82,7 @@ class SynthesisConfig:
     warmup: int = 0
     schedule: str = "cosine"
     clip: bool = True
-    targets: str = "class"
-    distance: str = "l2"
     bn_weight: float = 1.0
-    first_site_weight: float = 10.0
-    emphasis: bool = False
     round_moments: bool = False
     ce_weight: float = 1.0
     tv_weight: float = 0.0
@@ -112,6 +104,7 @@ class SynthesisConfig:
     preset: str | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         positive = (
             "images_per_class",
             "batch_size",
@@ -124,8 +117,6 @@ class SynthesisConfig:
         not_negative = (
             "low_resolution_iterations",
             "warmup",
-            "bn_weight",
-            "first_site_weight",
             "ce_weight",
             "tv_weight",
             "l2_weight",
@@ -135,9 +126,9 @@ class SynthesisConfig:
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
                 raise InputError(f"{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")
+        if not math.isfinite(self.bn_weight):
+            raise InputError(f"bn_weight must be finite, got {self.bn_weight}")
         allowed_values = {
-            "targets": TARGETS,
-            "distance": (*DISTANCES, *EAGER_DISTANCES),
             "precision": PRECISIONS,
             "class_plan": CLASS_PLANS,
             "schedule": SCHEDULES,
@@ -153,6 +144,11 @@ class SynthesisConfig:
             )
         if self.classes_per_batch > self.batch_size:
             raise InputError(f"{self.classes_per_batch} classes do not fit a batch of {self.batch_size} images")
+        if self.low_resolution_iterations and any(SiteRule.parse(rule).cells for rule in self.sites):
+            raise InputError(
+                "smaller images have fewer spatial cells, which targets of full size do not fit: leave out "
+                f"low_resolution_iterations={self.low_resolution_iterations}, or the sites in cells ({', '.join(self.sites)})"
+            )
         Augmentation(self.jitter, self.flip, self.crop_scale, self.crop_curriculum)  # checks its own
 
     @classmethod
@@ -163,6 +159,10 @@ class SynthesisConfig:
             return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
         except TypeError as error:
             raise InputError(f"the card has no config that this bnfuse knows ({error}): use the version on the card") from error
+
+    def to_card(self) -> dict:
+        """The fields, in JSON's types."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     @property
     def committee(self) -> Committee:

@@ -56,7 +56,7 @@ PRESETS: dict[str, Preset] = {
     "soufleri": Preset(
         "arXiv 2210.03205, this package's own",
         "nothing",
-        {"targets": "class", "groups": "class", "classes_per_batch": 1},
+        {},
     ),
     "deepinversion": Preset(
         "arXiv 1912.08795, NVlabs/DeepInversion",
@@ -130,6 +130,7 @@ PRESETS: dict[str, Preset] = {
             "targets": "class",
             "groups": "batch",
             "global_share": 0.5,
+            "global_blend": "distances",
             "class_plan": "grouped",
             "classes_per_batch": 10,
             "iterations": 1000,
@@ -263,7 +264,7 @@ PRESETS: dict[str, Preset] = {
             "slack": 0.1,
             "use_std": True,
             "first_site_weight": 1.0,
-            "emphasis": True,
+            "site_enhancement": 1.0,
         },
     ),
     "dp_imgsyn": Preset(
@@ -310,7 +311,7 @@ def preset(name: str, **changes) -> SynthesisConfig:
 
 def settings(name: str) -> str:
     """A preset's fields in the words of the command line: ``--targets running --batch-size 100``."""
-    return " ".join(_flag(key, value) for key, value in PRESETS[name].fields.items())
+    return " ".join(_flag(key, value) for key, value in PRESETS[name].fields.items()) or "the defaults"
 
 
 def _flag(key: str, value: object) -> str:

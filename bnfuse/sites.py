@@ -117,7 +117,7 @@ class Site:
 
     def pick(self, values: object) -> Tensor:
         """The site's tensor among a module's inputs or outputs. InputError where there is none."""
-        tensors = list(_leaves(values))
+        tensors = list(leaves(values))
         if self.index >= len(tensors) or not isinstance(tensors[self.index], Tensor):
             kinds = ", ".join(type(value).__name__ for value in tensors) or "nothing"
             raise InputError(f"site {self.name!r} asks for number {self.index} of the {self.end}s, which are {kinds}")
@@ -148,12 +148,13 @@ def _in_cells(x: Tensor, k: int) -> Tensor:
     return cells.reshape(n, rows * columns, c * k, k)
 
 
-def _leaves(values: object) -> Iterable[object]:
+def leaves(values: object) -> Iterable[object]:
+    """What is in nested tuples, lists and dictionaries, in order."""
     if isinstance(values, dict):
         values = tuple(values.values())
     if isinstance(values, (tuple, list)):
         for value in values:
-            yield from _leaves(value)
+            yield from leaves(value)
     else:
         yield values
 

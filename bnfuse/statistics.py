@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from .errors import InputError
 from .files import atomic_path
-from .fusion import call_name
 from .models import Teacher, batchnorm_layers, check_teacher, fingerprint
 from .preprocessing import Preprocessing
 from .site_moments import SiteMoments
+from .sites import call_name
 from .statistics_file import FORMAT, VERSION, SitesOnDisk
 
 MINIMUM_IMAGES = 20  # a class: fewer and its statistics describe single images

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,15 +17,16 @@ from .ensemble import Ensemble
 from .errors import BnfuseError, InputError, UnitWarning
 from .fusion import fuse
 from .matching import Matcher
-from .models import Teacher
+from .models import Teacher, batchnorm_layers
 from .objective import Objective
 from .optimisation import NonFiniteLoss, check_cuda_graph, optimise
 from .plans import SynthesisConfig, Unit, plan
 from .seeds import derive_seed
+from .sites import select
 from .snapshots import UnitCheckpoint
 from .statistics import ClassStatistics
 from .store import ImageRecord
-from .targets import TARGET_BYTES, Targets, budget_of_each
+from .targets import TARGET_BYTES, Targets, budget_of_each, row_bytes
 from .virtual import check_micro_batch
 
 
@@ -68,7 +69,7 @@ class UnitMaker:
             self.source.check_alike(other, number)
         sources = [self.source, *self.more_sources]
         at_once = max(len(set(unit.classes)) for unit in self.units)
-        budget = budget_of_each([source.statistics for source in sources], len(self.source.rows))
+        budget = budget_of_each([source.target_bytes(config) for source in sources])
         self.targets = [source.targets(config, at_once, device, budget) for source in sources]
         members = [self._objective(*pair, backend) for pair in zip(sources, self.targets)]
         self.objective = Ensemble(members, config.committee) if self.more_sources else members[0]
@@ -76,7 +77,7 @@ class UnitMaker:
     def _objective(self, source: Source, targets: Targets, backend: str) -> Objective:
         config = self.config
         return Objective(
-            fuse(source.teacher.model.to(self.device), backend=backend),
+            fuse(source.teacher.model.to(self.device), sites=config.sites, backend=backend),
             targets.matcher,
             config.ce_weight,
             config.bn_weight,
@@ -84,7 +85,6 @@ class UnitMaker:
             config.l2_weight,
             config.precision,
             config.prior_kind,
-            config.emphasis,
             config.round_moments,
         )
 
@@ -127,7 +127,7 @@ class UnitMaker:
         Interrupted : from the checkpoint
         """
         rows = [self.source.rows[k] for k in unit.classes]
-        labels = [torch.tensor(targets.rows(rows), device=self.device) for targets in self.targets][0]  # alike for all teachers
+        groups = [targets.groups(rows, self.config.grouping) for targets in self.targets][0]  # the same for all teachers
         outputs = self.source.outputs(torch.tensor(rows, device=self.device))
         state = checkpoint.load() if checkpoint else None
         attempt = checkpoint.attempt if state else attempt
@@ -136,7 +136,7 @@ class UnitMaker:
             try:
                 images, losses = optimise(
                     self.objective,
-                    labels,
+                    groups,
                     outputs,
                     seeds,
                     unit.number,
@@ -250,21 +250,43 @@ class Source:
             if mine != its:
                 raise InputError(f"teacher {number} does not go with the first: its {what} are {its}, expected {mine}")
 
+    def target_bytes(self, config: SynthesisConfig) -> int:
+        """What the targets of all classes take on the device."""
+        return row_bytes(self.statistics, self._sites(config)) * len(self.rows) if config.targets == "class" else 0
+
     def targets(self, config: SynthesisConfig, at_once: int, device: torch.device, budget: int = TARGET_BYTES) -> Targets:
         """On the device, in so many bytes of it; `at_once` is the most classes that a unit has."""
+        names = self._sites(config)
+        options = {"sites": names, **config.matcher_options(self.teacher.model, names)}
         if config.targets == "class":
-            options = {"at_once": at_once, "device": device, "budget": budget, "distance": config.distance}
+            options |= {"global_share": config.global_share, "global_blend": config.global_blend}
+            options |= {"at_once": at_once, "device": device, "budget": budget}
             targets = Targets.class_wise(self.statistics, self.rows, **options)
         elif config.targets == "global":
-            targets = Targets.pooled(Matcher.from_statistics(self.statistics, per_class=False, distance=config.distance))
+            targets = Targets.pooled(Matcher.from_statistics(self.statistics, per_class=False, **options))
         else:
-            sites = self._sites_that_ran()
-            targets = Targets.pooled(Matcher.from_running(self.teacher.model, sites=sites, distance=config.distance))
-        targets.matcher.to(device).site_weights[0] *= config.first_site_weight
+            channels = self.teacher.preprocessing.channels
+            targets = Targets.pooled(Matcher.from_running(self.teacher.model, pixel_channels=channels, **options))
+        targets.matcher.to(device).scale_first_site(config.first_site_weight)
         return targets
 
-    def _sites_that_ran(self) -> list[str] | None:
-        return [name for name in self.statistics.sites if "#" not in name] if self.statistics else None
+    def _sites(self, config: SynthesisConfig) -> list[str]:
+        """The names of the sites to match, in the order that they run in, where that is known from a recording."""
+        model, running = self.teacher.model, config.targets == "running"
+        chosen = [site.name for site in select(model, config.sites)]
+        if self.statistics is None:
+            return chosen
+        recorded = [name for name in self.statistics.sites if name.split("#")[0] in chosen and not (running and "#" in name)]
+        if running:  # layers that did not run in the recording are left out
+            others = [name for name in chosen if name not in batchnorm_layers(model)]
+            return [*others, *(name for name in recorded if name not in others)]
+        for rule in config.sites:
+            if not {site.name for site in select(model, [rule])} & {name.split("#")[0] for name in recorded}:
+                raise InputError(
+                    f"the class statistics have no site that {rule!r} names: they were recorded at "
+                    f"{', '.join(list(self.statistics.sites)[:5])} … Record them with `bnfuse record --sites {rule}`"
+                )
+        return recorded
 
     def outputs(self, rows: Tensor) -> Tensor:
         """The teacher's output for each of the original classes."""
@@ -275,7 +297,7 @@ class Source:
     def card(self, config: SynthesisConfig, backend: str, threads: int | None) -> dict:
         """What it takes to make the dataset again."""
         return {
-            "config": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()},
+            "config": config.to_card(),
             "backend": backend,
             "threads": threads,
             **self.of_whom(),

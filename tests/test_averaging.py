@@ -42,28 +42,43 @@ def test_it_is_looked_at_without_being_moved():
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_it_begins_anew_in_place_and_goes_on_from_its_state(start):
+def test_it_goes_on_from_its_state_dict(start):
     average, moments = MovingAverage(M, start=start), batches()
     for batch in moments:
         average(*batch.unbind())
     state = {name: value.clone() for name, value in average.state_dict().items()}
-    memory = average.mean.data_ptr()
     expected = average(*moments[0].unbind())
-    average.reset()
-    assert average.mean.data_ptr() == memory and not average.mean.any() and not average.begun
     other = MovingAverage(M, start=start).double()
-    other.load_state_dict(state)
     for part in (other, average):
         part.load_state_dict(state)
         assert all(a.equal(b) for a, b in zip(part(*moments[0].unbind()), expected))
 
 
-def test_groups_must_stay_until_it_is_made_for_others():
+@pytest.mark.parametrize("start", STARTS)
+def test_it_is_put_back_in_place(start):
+    """What happened since `state` leaves no trace, also where nothing had happened before."""
+    average, moments = MovingAverage(M, start=start), batches()
+    blank, first = average.state(), average(*moments[0].unbind())
+    memory = average.mean.data_ptr()
+    average.restore(blank)
+    assert average.mean.data_ptr() == memory and not average.begun
+    assert all(a.equal(b) for a, b in zip(average(*moments[0].unbind()), first))
+    kept, second = average.state(), average(*moments[1].unbind())
+    average.restore(kept)
+    assert average.mean.data_ptr() == memory
+    assert all(a.equal(b) for a, b in zip(average(*moments[1].unbind()), second))
+    other = MovingAverage(M, start=start)
+    other.restore(kept)
+    assert all(a.equal(b) for a, b in zip(other(*moments[1].unbind()), second))
+
+
+def test_groups_must_stay_until_it_begins_anew():
     average = MovingAverage(M)
     average(torch.ones(2, 3), torch.ones(2, 3))
-    with pytest.raises(InputError, match=r"of moments \[2, 3\] was given \[1, 3\]"):
-        average(torch.ones(1, 3), torch.ones(1, 3))
-    average.resize(1, 3, torch.ones(1))
+    for other in (torch.ones(1, 3), torch.ones(2, 3).double()):
+        with pytest.raises(InputError, match=r"torch.float32 moments \[2, 3\] was given"):
+            average(other, other)
+    average.reset()
     assert average(torch.ones(1, 3), torch.ones(1, 3))[0].equal(torch.full((1, 3), 1 - M))
 
 

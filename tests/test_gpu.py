@@ -18,7 +18,7 @@ from test_ops import Case, assert_agrees_with_the_reference, in_layout, make_cas
 from tolerances import LARGE_MEAN_VARIANCE_RELATIVE, assert_elements_close, assert_moments_close
 from torch import Tensor
 
-from bnfuse import Matcher, backends, fuse, ops, reference
+from bnfuse import Matcher, backends, fuse, group_by_class, ops, reference
 from bnfuse.fusion import FrozenConvolution
 from bnfuse.models import build_model
 from bnfuse.optimisation import optimise
@@ -303,7 +303,8 @@ def test_a_unit_is_the_same_from_a_graph(backend):
     objective = cases.objective(teacher, tv_weight=0.1)
     fused = fuse(teacher.model.cuda(), backend=backend)
     objective, labels = dataclasses.replace(objective, teacher=fused, matcher=objective.matcher.cuda()), cases.LABELS.cuda()
-    unit = objective, labels, labels, cases.SEEDS, 5, teacher, cases.CONFIG, lambda *_: None
+    groups = group_by_class(labels)
+    unit = objective, groups, labels, cases.SEEDS, 5, teacher, cases.CONFIG, lambda *_: None
     made = [optimise(*unit, cuda_graph=on) for on in (False, True)]
     torch.testing.assert_close(made[1][0], made[0][0], rtol=1e-4, atol=1e-4)
     assert made[1][1] == pytest.approx(made[0][1], rel=1e-4)

@@ -1,13 +1,15 @@
 """Presets: each one's loss and gradient are those of its project's formula, and the driver takes their settings."""
 
+import copy
 import math
 
 import pytest
 import torch
 import transcriptions
+from tolerances import TOLERANCES
 from torch import nn
 
-from bnfuse import InputError, SynthesisConfig, preset
+from bnfuse import ClassStatistics, InputError, SynthesisConfig, preset
 from bnfuse.augment import Augmentation
 from bnfuse.cli import main
 from bnfuse.models import Teacher, freeze
@@ -15,6 +17,8 @@ from bnfuse.optimisation import learning_rate
 from bnfuse.preprocessing import Preprocessing
 from bnfuse.presets import PRESETS, listing, settings, table
 from bnfuse.priors import combine, image_means
+from bnfuse.site_moments import SiteMoments
+from bnfuse.units import UnitMaker
 
 SIZE, CLASSES = 20, 4
 PREPROCESSING = Preprocessing((SIZE, SIZE), (0.5,) * 3, (0.25,) * 3)
@@ -128,3 +132,93 @@ def test_priors_of_each_kind_from_parts_of_a_batch(parts):
     flat = torch.ones(1, 1, 3, 3, requires_grad=True)
     variation = combine(image_means(flat, flat, "norms", ("tv",)), 1)["tv"]
     assert torch.autograd.grad(variation, flat)[0].equal(torch.zeros(1, 1, 3, 3))  # as a norm's at 0
+
+
+# ---- the formulas ----
+
+LABELS = [0, 0, 0, 0, 1, 1, 2, 2]  # of every image of a batch; shares that float32 has exactly
+PRIORS = (60.0, 52.0)  # of CV-DD's two teachers
+SECOND_TEACHERS = ("gvbsm", "edc", "cvdd", "fadrm")
+
+
+def statistics(of: Teacher) -> ClassStatistics:
+    """As recorded at BatchNorm and convolution inputs, these also in cells: made up, as any numbers will do."""
+    generator = torch.Generator().manual_seed(3)
+    cells = {"conv1": 4, "conv2": 4, "conv3": 4}  # of 16×16 positions, 20×20 being resized to 32×32
+    sites = {}
+    for name, module in of.model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            sites |= {f"{name}:input": module.in_channels, f"{name}:input@cells=16": cells[name]}
+        elif isinstance(module, nn.BatchNorm2d):
+            sites[name] = module.num_features
+
+    def made_up(channels: int) -> SiteMoments:
+        count = torch.tensor([30, 10, 20, 40])
+        mean = 0.3 * torch.randn(CLASSES, channels, dtype=torch.float64, generator=generator)
+        var = 0.5 + torch.rand(CLASSES, channels, dtype=torch.float64, generator=generator)
+        return SiteMoments(count, mean, var * count[:, None])
+
+    tables = {name: made_up(channels) for name, channels in sites.items()}
+    names = [str(k) for k in range(CLASSES)]
+    return ClassStatistics(tables, torch.tensor([30, 10, 20, 40]), of.fingerprint, PREPROCESSING, class_names=names)
+
+
+def tables(of: ClassStatistics, per_class: bool) -> dict:
+    """Under the names of the transcriptions, with float32's values, which is what targets are kept in."""
+    found = {}
+    for name in of.sites:
+        pair = of.moments(per_class=per_class, names=[name])
+        found[name.replace(":input", "").replace("@cells=16", "@cells")] = [table.float().double() for table in pair]
+    return found
+
+
+def classes_of(name: str) -> list[int]:
+    """A batch that the preset's plan may have."""
+    return [1] * 8 if PRESETS[name].fields.get("classes_per_batch", 1) == 1 and name in ("lpld", "soufleri") else LABELS
+
+
+def build(name: str, dtype: torch.dtype) -> tuple[UnitMaker, list[ClassStatistics]]:
+    """What the driver makes of a preset, for teachers of this dtype."""
+    teachers = [teacher(6, 0), *([teacher(8, 1)] if name in SECOND_TEACHERS else [])]
+    for each in teachers:
+        each.model.to(dtype)
+    recorded = [statistics(each) for each in teachers]
+    config = preset(name, **({"teacher_priors": PRIORS} if name == "cvdd" else {}))
+    pairs = list(zip(teachers, recorded))
+    return UnitMaker(*pairs[0], config, torch.device("cpu"), "auto", more_teachers=pairs[1:]), recorded
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_presets_loss_and_gradient_are_its_projects(name, dtype, memory_format):
+    """Over four steps, against float64 on the values given: 10⁻⁹ in float64, the table's tolerances in float32, where the
+    gradient's are of its largest element: it is the sum of what runs back through all layers."""
+    maker, recorded = build(name, dtype)
+    oracles = [copy.deepcopy(each.teacher.model).double() for each in (maker.source, *maker.more_sources)]
+    classes = classes_of(name)
+    starts, rows = maker.targets[0].groups(classes, maker.config.grouping)
+    labels, generator, memory = torch.tensor(classes), torch.Generator().manual_seed(4), {}
+    maker.objective.begin()
+    for number in range(4):
+        images = torch.randn(8, 3, SIZE, SIZE, dtype=torch.float64, generator=generator).to(dtype)
+        ours, theirs = (value.detach().requires_grad_() for value in (images, images.double()))
+        view = ours.roll((2, -1), (2, 3)).contiguous(memory_format=memory_format)
+        losses = maker.objective.at(0, number)(ours, view, labels, starts, rows)
+        step = transcriptions.Step(
+            oracles,
+            theirs,
+            theirs.roll((2, -1), (2, 3)),
+            labels,
+            number,
+            [tables(each, True) for each in recorded],
+            [tables(each, False) for each in recorded],
+            memory,
+        )
+        expected = getattr(transcriptions, name)(step)
+        gradient, reference = torch.autograd.grad(losses.total, ours)[0], torch.autograd.grad(expected, theirs)[0]
+        relative = 1e-9 if dtype == torch.float64 else TOLERANCES[dtype].relative
+        absolute = 0 if dtype == torch.float64 else TOLERANCES[dtype].absolute
+        assert losses.total.item() == pytest.approx(expected.item(), rel=relative, abs=absolute)
+        scale = reference.abs().max()
+        assert (gradient.double() - reference).abs().max() <= (relative + absolute) * scale

@@ -175,7 +175,7 @@ class Keep:
 
 
 def make_unit(objective, teacher, config=CONFIG, show=lambda *_: None, outputs=LABELS, **options):
-    return optimise(objective, LABELS, outputs, SEEDS, 5, teacher, config, show, **options)
+    return optimise(objective, groups(), outputs, SEEDS, 5, teacher, config, show, **options)
 
 
 def groups():
