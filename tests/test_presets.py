@@ -1,6 +1,7 @@
 """Presets: each one's loss and gradient are those of its project's formula, and the driver takes their settings."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -8,16 +9,20 @@ import torch
 import transcriptions
 from tolerances import TOLERANCES
 from torch import nn
+from virtual_cases import Keep
 
-from bnfuse import ClassStatistics, InputError, SynthesisConfig, preset
+from bnfuse import ClassStatistics, InputError, SynthesisConfig, preset, synthesize
 from bnfuse.augment import Augmentation
+from bnfuse.checkpoints import save_checkpoint
 from bnfuse.cli import main
 from bnfuse.models import Teacher, freeze
-from bnfuse.optimisation import learning_rate
+from bnfuse.networks import CifarResNet
+from bnfuse.optimisation import learning_rate, optimise
 from bnfuse.preprocessing import Preprocessing
 from bnfuse.presets import PRESETS, listing, settings, table
 from bnfuse.priors import combine, image_means
 from bnfuse.site_moments import SiteMoments
+from bnfuse.store import verify
 from bnfuse.units import UnitMaker
 
 SIZE, CLASSES = 20, 4
@@ -222,3 +227,74 @@ def test_a_presets_loss_and_gradient_are_its_projects(name, dtype, memory_format
         assert losses.total.item() == pytest.approx(expected.item(), rel=relative, abs=absolute)
         scale = reference.abs().max()
         assert (gradient.double() - reference).abs().max() <= (relative + absolute) * scale
+
+
+# ---- the driver ----
+
+
+def short(name: str, **changes) -> dict:
+    """A preset's settings, for a run of a moment."""
+    few = {"images_per_class": 2, "batch_size": 4, "iterations": 3, "low_resolution_iterations": 0, "warmup": 0}
+    few |= {"classes_per_batch": min(2, PRESETS[name].fields.get("classes_per_batch", 1))}
+    return few | ({"teacher_priors": PRIORS} if name == "cvdd" else {}) | changes
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_runs_through_the_driver(name, tmp_path):
+    teachers = [teacher(6, 0), *([teacher(8, 1)] if name in SECOND_TEACHERS else [])]
+    (first, recorded), *more = [(each, statistics(each)) for each in teachers]
+    config = preset(name, **short(name))
+    done = synthesize(first, recorded, tmp_path / "out", config, device="cpu", progress=False, more_teachers=more)
+    assert done.made == 8 and verify(tmp_path / "out") == [] and all(map(math.isfinite, done.losses.values()))
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["config"]["preset"] == name
+    assert SynthesisConfig.from_card(card) == config
+
+
+@pytest.mark.parametrize("name", ["gvbsm", "edc", "fast_datafree", "zeroq", "dsg", "deepinversion"])
+def test_what_a_preset_keeps_from_step_to_step_survives_a_break_and_micro_batches(name):
+    teachers = [(each, statistics(each)) for each in (teacher(6, 0), teacher(8, 1))]
+    config = preset(name, **short(name, iterations=12, jitter=2, teacher_plan="in_turn"))
+    maker = UnitMaker(*teachers[0], config, torch.device("cpu"), "auto", more_teachers=teachers[1:])
+    unit = maker.units[-1]
+    groups = [targets.groups(unit.classes, config.grouping) for targets in maker.targets][0]
+    labels, seeds, keep = torch.tensor(unit.classes), maker.seeds(unit), Keep(7)
+
+    def make(**options):
+        return optimise(maker.objective, groups, labels, seeds, 0, maker.teacher, config, lambda *_: None, **options)
+
+    images, losses = make(checkpoint=keep)
+    resumed, again = make(state=keep.states[7])
+    assert resumed.equal(images) and again == losses
+    parts, theirs = make(micro_batch=3)
+    assert (parts - images).abs().mean() < 1e-3
+    assert {term: pytest.approx(value, rel=1e-3) for term, value in theirs.items()} == losses
+
+
+def test_without_clipping_pixels_leave_their_range():
+    each = teacher(6, 0)
+    found = {}
+    for clip in (True, False):
+        config = preset("zeroq", **short("zeroq", clip=clip, noise_scale=1.0))
+        maker = UnitMaker(each, None, config, torch.device("cpu"), "auto")
+        groups = maker.targets[0].groups([0, 1], "sample")
+        found[clip] = optimise(maker.objective, groups, torch.tensor([0, 1]), [1, 2], 0, each, config, lambda *_: None)[0]
+    assert found[True].abs().max() <= 2 < found[False].abs().max()  # black and white are ∓2
+
+
+def test_the_command_line_takes_a_preset_and_its_own_flags_win(tmp_path, capsys):
+    model = CifarResNet(8, 3, 3)
+    preprocessing = Preprocessing((8, 8), (0.5,) * 3, (0.25,) * 3)
+    about = {"architecture": "resnet8", "num_classes": 3, "preprocessing": preprocessing}
+    save_checkpoint(tmp_path / "t.safetensors", model, **about)
+    command = ["synthesize", "--teacher", str(tmp_path / "t.safetensors"), "--device", "cpu", "--out", str(tmp_path / "out")]
+    flags = ["--images-per-class", "1", "--iterations", "2", "--lr", "0.125", "--no-flip", "--jitter", "0"]
+    assert main([*command, "--preset", "cda", *flags]) == 0
+    config = SynthesisConfig.from_card(json.loads((tmp_path / "out" / "card.json").read_text()))
+    expected = preset("cda", images_per_class=1, iterations=2, lr=0.125, flip=False, jitter=0)
+    assert config == expected and config.crop_curriculum == 1 and config.bn_weight == 0.01
+    assert main([*command, *flags, "--preset", "cda"]) == 0  # wherever it stands
+    assert main([*command, *flags, "--preset", "sre2l"]) == 2
+    assert "config.preset" in capsys.readouterr().err
+    assert main([*command, "--preset", "sre3l"]) == 2
+    assert "no preset is called 'sre3l'; choose one of soufleri" in capsys.readouterr().err
