@@ -102,9 +102,9 @@ class Matcher(nn.Module):
             "var_weight": var_weight,
         }
         self._drops = [drops.get(name, 0.0) for name in names]
-        # float64, so that a mean over sites has the moments' precision whatever that is
-        weights = torch.tensor([(site_weights or {}).get(name, 1.0) for name in names], dtype=torch.float64)
-        self.register_buffer("site_weights", weights / (len(names) if reduction == "mean" or relative else 1))  # [S]
+        share = 1 / len(names) if reduction == "mean" or relative else 1.0
+        weights = [share * (site_weights or {}).get(name, 1.0) for name in names]
+        self.register_buffer("site_weights", _exactly(weights))  # [S]
         self.register_buffer("site_channels", torch.tensor(self.channels))  # [S]
         self.register_buffer("target_mean", target_mean.to(torch.float32, copy=True))  # [K, T]
         self.register_buffer("target_var", target_var.to(torch.float32, copy=True))
@@ -211,8 +211,9 @@ class Matcher(nn.Module):
 
     def scale_first_site(self, factor: float) -> None:
         """Multiplies the weight of the first site, in whatever layouts it is matched (DeepInversion's first_bn_multiplier)."""
-        first = [stem(name) == stem(self.names[0]) for name in self.names]
-        self.site_weights[torch.tensor(first)] *= factor
+        factors = [factor if stem(name) == stem(self.names[0]) else 1.0 for name in self.names]
+        weights = [weight * f for weight, f in zip(self.site_weights.tolist(), factors)]
+        self.site_weights = _exactly(weights).to(self.site_weights.device)
 
     @property
     def drops_sites(self) -> bool:
@@ -269,8 +270,9 @@ class Matcher(nn.Module):
         if self.relative:
             factors.append(self._scale(mean, target_mean, target_var, classes))
         if self.enhancement:
-            of_group = torch.arange(len(mean[0]), device=mean[0].device)[:, None] % len(self.names)
-            factors.append(1 + self.enhancement * (of_group == torch.arange(len(self.names), device=of_group.device)))
+            sites = torch.arange(len(self.names), device=site_weights.device)
+            of_group = torch.arange(len(mean[0]), device=sites.device)[:, None] % len(sites)
+            factors.append(1 + self.enhancement * (of_group == sites).to(site_weights.dtype))
         weights = math.prod(factors[1:], start=factors[0]) if factors else None
         if weights is None:
             return self._loss(mean, var, target_mean, target_var, site_weights, classes)
@@ -351,6 +353,13 @@ class Matcher(nn.Module):
         if key not in self._positions:  # made once for each size of images: a captured graph copies nothing from the host
             self._positions[key] = torch.tensor(positions, dtype=dtype, device=starts.device)
         return starts.diff()[:, None].to(dtype) * self._positions[key]
+
+
+def _exactly(values: list[float]) -> Tensor:
+    """[S] in float32, which the moments mostly are; in float64 where that would round."""
+    wide = torch.tensor(values, dtype=torch.float64)
+    narrow = wide.float()
+    return narrow if narrow.double().equal(wide) else wide
 
 
 def group_by_class(labels: Tensor) -> tuple[Tensor, Tensor]:
