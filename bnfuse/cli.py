@@ -21,6 +21,7 @@ from .distributed import OtherRankFailed, choose_device, rank
 from .doctor import report
 from .errors import BnfuseError, InputError, Interrupted, UnitWarning
 from .estimate import readable_bytes
+from .estimators import VARIANCES, index_batches
 from .exporting import FORMATS, export
 from .labels import RELABEL, Labels, images_digest
 from .manifest import inspect, is_store, read_store, some
@@ -30,6 +31,7 @@ from .preprocessing import Preprocessing
 from .presets import listing, preset
 from .relabelling import RelabelConfig, relabel
 from .repair import repair
+from .sites import SITE_GRAMMAR
 from .statistics import MINIMUM_IMAGES, ClassStatistics, record
 from .synthesis import synthesize
 from .training import TrainConfig, train
@@ -169,8 +171,8 @@ def _add_record(commands) -> None:
         commands,
         "record",
         _record,
-        "Record the class-wise BatchNorm statistics of private images, in one pass.",
-        _GRAMMARS,
+        "Record the class-wise statistics of private images inside a teacher, in one pass.",
+        f"{_GRAMMARS}\n{SITE_GRAMMAR}",
     )
     _add_teacher(parser)
     parser.add_argument("--data", required=True, metavar="DATASET", help="the private images, each seen once")
@@ -182,6 +184,21 @@ def _add_record(commands) -> None:
         metavar="K",
         help="the teacher's output for each class of the dataset, where the teacher knows more classes",
     )
+    parser.add_argument(
+        "--sites",
+        nargs="+",
+        default=["bn"],
+        metavar="RULE",
+        help="which tensors of the teacher, see below (default bn: the inputs of its BatchNorm layers)",
+    )
+    parser.add_argument(
+        "--class-variance",
+        choices=VARIANCES,
+        default="pooled",
+        help="of all elements of a class (pooled, the default), or as others gather it: averaged over images (EDC), over "
+        "batches of one class (WMDD), or in a moving average over shuffled batches (ema: LPLD)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="SEED", help="of the order of images in an ema (default 0)")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images a pass (default 128)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
     parser.add_argument(
@@ -203,11 +220,15 @@ def _record(args) -> None:
         channels=teacher.preprocessing.channels,
         download=args.download,
     )
-    loader = DataLoader(data, batch_size=args.batch_size, num_workers=args.workers)
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
+    order = index_batches(args.class_variance, data.labels, args.batch_size, args.seed)
     statistics = record(
         teacher,
-        loader,
+        DataLoader(data, batch_sampler=order, num_workers=args.workers),
         data.num_classes,
+        sites=args.sites,
+        variance=args.class_variance,
         class_names=data.class_names,
         outputs=args.outputs,
         dataset=data.name,
@@ -216,9 +237,10 @@ def _record(args) -> None:
         progress=True,
     )
     statistics.save(args.out)
+    sites = "BatchNorm layers" if args.sites == ["bn"] else "sites"
     print(
         f"recorded {int(statistics.images.sum())} images of {statistics.num_classes} classes at {len(statistics.sites)} "
-        f"BatchNorm layers ({sum(statistics.site_channels.values())} channels): {args.out}"
+        f"{sites} ({sum(statistics.site_channels.values())} channels): {args.out}"
     )
 
 

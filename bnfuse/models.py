@@ -1,6 +1,6 @@
 """How a network is named, and how a teacher is loaded, checked and frozen. How one is trained is in `training`.
 
-A *teacher* is a classifier with BatchNorm layers, pretrained on the private images, in eval mode and frozen. It may be
+A *teacher* is a classifier pretrained on the private images, in eval mode and frozen, mostly with BatchNorm layers. It may be
 one of bnfuse's own networks, a torchvision or timm model, a function in a file of the user's own, or a checkpoint that
 `training` wrote.
 """
@@ -26,6 +26,7 @@ from .checkpoints import WEIGHT_SUFFIXES, WeightFacts, load_state, read_facts, r
 from .errors import InputError
 from .networks import CifarResNet, ConvNet
 from .preprocessing import Preprocessing
+from .sites import other_sites
 
 SPEC_GRAMMAR = """\
 A model is named by one of
@@ -168,10 +169,7 @@ def check_teacher(model: nn.Module, *, needs_batchnorm: bool = True) -> None:
     """
     layers = batchnorm_layers(model)
     if not layers and needs_batchnorm:
-        raise InputError(
-            f"{type(model).__name__} has no BatchNorm layer, so there are no statistics to match: choose a network "
-            "that has some, for example resnet20 or torchvision:resnet18, or other sites (--sites), see docs/matching.md"
-        )
+        raise InputError(f"{type(model).__name__} has no BatchNorm layer: {other_sites(model)}")
     for name, layer in layers.items():
         if layer.running_mean is None or layer.running_var is None:
             raise InputError(

@@ -86,12 +86,13 @@ PRESETS: dict[str, Preset] = {
     ),
     "lpld": Preset(
         "arXiv 2410.15919, he-y/soft-label-pruning-for-dataset-distillation",
-        "label pruning. Class statistics are the pooled ones, unless recorded with --variance ema, the project's own",
+        "label pruning. Its own class variances are those of `bnfuse record --class-variance ema`",
         {**_SRE2L, "targets": "class", "groups": "class", "class_plan": "grouped", "classes_per_batch": 1, "batch_size": 200},
     ),
     "wmdd": Preset(
         "arXiv 2311.18531, Liu-Hy/WMDD (Imagenette)",
-        "the barycentre of features, which is of real images; cross-entropy takes its place",
+        "the barycentre of features, which is of real images; cross-entropy takes its place. Its own class variances are those "
+        "of `bnfuse record --class-variance batches`",
         {
             **_SRE2L,
             "targets": "class",
@@ -123,7 +124,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "edc": Preset(
         "arXiv 2404.13733, shaoshitong/EDC",
-        "real images to start from, which a private dataset forbids; the flatness term; averages restart with each batch",
+        "real images to start from, which a private dataset forbids; the flatness term; averages restart with each batch. Its "
+        "own class variances are those of `bnfuse record --class-variance images`",
         {
             **_SRE2L,
             "sites": ("bn", "conv", "conv@cells=16"),

@@ -1,22 +1,6 @@
 """Sites: which tensors of a network are matched or recorded, and how each is laid out for its moments.
 
-A rule is text, so that it can stand on a command line and on a dataset's card:
-
-    KIND[:input|:output[:INDEX]][@LAYOUT]
-
-    KIND    bn              every BatchNorm layer
-            conv            every Conv1d, Conv2d and Conv3d
-            pixels          the images that the network is given
-            type=CLASS      every module of a class, or of one derived from it: type=GroupNorm
-            name=PATTERN    every module whose name fits a shell pattern: name=layer1.*.conv1
-    INDEX   which tensor of several, from 0, nested tuples and keyword arguments counted through
-    LAYOUT  channels        [N, C, *spatial], also [N, C] (default)
-            last            [N, *spatial, C], such as the tokens [B, N, C] of a transformer
-            cells=K         images [N, C, H, W] in cells of K×K positions, brought to whole cells by bilinear interpolation: a
-                            cell takes the channels' place, its moments are over samples, channels and positions (G-VBSM,
-                            arXiv 2311.17950)
-
-A site is the input of what it names unless the rule says ``:output``. Nothing here computes moments.
+A rule is text, so that it can stand on a command line and on a dataset's card: `SITE_GRAMMAR`. Nothing here computes moments.
 """
 
 from __future__ import annotations
@@ -33,6 +17,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import InputError
 
+SITE_GRAMMAR = """\
+A rule names sites by KIND[:input|:output[:INDEX]][@LAYOUT]
+  KIND    bn              every BatchNorm layer
+          conv            every Conv1d, Conv2d and Conv3d
+          pixels          the images that the network is given
+          type=CLASS      every module of a class, or of one derived from it: type=GroupNorm
+          name=PATTERN    every module whose name fits a shell pattern: name=layer1.*.conv1
+  INDEX   which tensor of several, from 0, nested tuples and keyword arguments counted through
+  LAYOUT  channels        [N, C, *spatial], also [N, C] (default)
+          last            [N, *spatial, C], such as the tokens [B, N, C] of a transformer
+          cells=K         images [N, C, H, W] in cells of K×K positions, brought to whole cells by bilinear interpolation: a
+                          cell takes the channels' place, its moments are over samples, channels and positions (G-VBSM,
+                          arXiv 2311.17950)
+and a site is the input of what is named, unless the rule says :output
+"""
 PIXELS = "pixels"
 _RULE = re.compile(
     r"(bn|conv|pixels|type=[^:@]+|name=[^:@]+)"  # KIND
@@ -176,8 +175,20 @@ def select(model: nn.Module, rules: Sequence[str]) -> list[Site]:
             sites += sorted(here, key=lambda site: site.end)  # inputs are there before outputs
     for text, rule in zip(rules, parsed):
         if rule.kind != PIXELS and not any(rule.fits(name, module) for name, module in model.named_modules() if name):
+            if rule.kind == "bn":
+                raise InputError(f"{type(model).__name__} has no BatchNorm layer: {other_sites(model)}")
             raise InputError(f"nothing in {type(model).__name__} fits the rule {text!r}; it has {_inventory(model, rule)}")
     return list({site.name: site for site in sites}.values())
+
+
+def other_sites(model: nn.Module) -> str:
+    """In words, what can be matched of a network without BatchNorm."""
+    norms = Counter(type(m) for m in model.modules() if "Norm" in type(m).__name__ and not any(m.children()))
+    if not norms:
+        return "match other sites of it (sites, on the command line --sites), for example conv"
+    found = ", ".join(f"{kind.__name__} ({count})" for kind, count in norms.items())
+    rules = [f"type={kind.__name__}{'@last' if kind is nn.LayerNorm else ''}" for kind in norms]
+    return f"it has {found}, which can be matched as sites=({', '.join(map(repr, rules))},), --sites {' '.join(rules)}"
 
 
 def _inventory(model: nn.Module, rule: SiteRule) -> str:

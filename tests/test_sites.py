@@ -61,8 +61,12 @@ def test_sites_come_in_the_order_of_the_modules():
 
 def test_rules_that_nothing_fits_say_what_there_is():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.ReLU(), nn.ReLU())
-    with pytest.raises(InputError, match=r"nothing in Sequential fits the rule 'bn'; it has ReLU \(2\), Conv2d \(1\), Group"):
+    with pytest.raises(
+        InputError, match=r"Sequential has no BatchNorm layer: it has GroupNorm \(1\), .*--sites type=GroupNorm"
+    ):
         select(model, ["conv", "bn"])
+    with pytest.raises(InputError, match=r"fits the rule 'type=Linear'; it has ReLU \(2\), Conv2d \(1\), Group"):
+        select(model, ["type=Linear"])
     with pytest.raises(InputError, match="'name=layer1'; it has modules named 0, 1, 2, 3"):
         select(model, ["name=layer1"])
     with pytest.raises(InputError, match="at least one rule"):

@@ -29,6 +29,7 @@ class Step:
     number : of the step, from 0
     classes : tables of each network, a row a class; pooled : the same over all classes, one row
     memory : what outlives the step
+    priors : what each of the networks is thought to be worth (CV-DD)
     """
 
     networks: list[nn.Module]
@@ -39,6 +40,7 @@ class Step:
     classes: list[dict] = field(default_factory=list)
     pooled: list[dict] = field(default_factory=list)
     memory: dict = field(default_factory=dict)
+    priors: tuple[float, ...] = ()
 
 
 def watched(network: nn.Module, view: Tensor) -> tuple[Tensor, list[tuple[str, nn.Module, Tensor]]]:
@@ -158,9 +160,9 @@ def wmdd(step: Step) -> Tensor:
 # ---- several teachers ----
 
 
-def cvdd(step: Step, priors: tuple[float, float] = (60.0, 52.0)) -> Tensor:
-    """Two models a step, weighted by softmax(prior/5)."""
-    weights = torch.tensor(priors, dtype=torch.float64).div(5).softmax(0).tolist()
+def cvdd(step: Step) -> Tensor:
+    """The models that were drawn, two of them, weighted by softmax(prior/5)."""
+    weights = torch.tensor(step.priors, dtype=torch.float64).div(5).softmax(0).tolist()
     total = 0
     for network, weight in zip(step.networks, weights):
         logits, bn = hook_loss(network, step.view)
