@@ -11,7 +11,7 @@ from tolerances import TOLERANCES
 from torch import nn
 from virtual_cases import Keep
 
-from bnfuse import ClassStatistics, InputError, SynthesisConfig, preset, synthesize
+from bnfuse import ClassStatistics, InputError, SynthesisConfig, preset, record, synthesize
 from bnfuse.augment import Augmentation
 from bnfuse.checkpoints import save_checkpoint
 from bnfuse.cli import main
@@ -273,6 +273,21 @@ def test_what_a_preset_keeps_from_step_to_step_survives_a_break_and_micro_batche
     parts, theirs = make(micro_batch=3)
     assert (parts - images).abs().mean() < 1e-3
     assert {term: pytest.approx(value, rel=1e-3) for term, value in theirs.items()} == losses
+
+
+def test_gvbsm_from_a_recording_of_its_sites(tmp_path):
+    """The first hook, whose losses count ten times, is the first convolution's; in whole channels and in cells."""
+    images = torch.rand(80, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(6))
+    batches = [(images, torch.arange(80) % CLASSES)]
+    pairs = [(each, record(each, batches, CLASSES, sites=preset("gvbsm").sites)) for each in (teacher(6, 0), teacher(8, 1))]
+    config = preset("gvbsm", **short("gvbsm"))
+    maker = UnitMaker(*pairs[0], config, torch.device("cpu"), "auto", more_teachers=pairs[1:])
+    for targets in maker.targets:
+        weights = dict(zip(targets.matcher.names, targets.matcher.site_weights.tolist()))
+        assert len(weights) == 9
+        assert {name for name, weight in weights.items() if weight == 10} == {"conv1:input", "conv1:input@cells=16"}
+    done = synthesize(*pairs[0], tmp_path / "out", config, device="cpu", progress=False, more_teachers=pairs[1:])
+    assert done.made == 8 and verify(tmp_path / "out") == []
 
 
 def test_without_clipping_pixels_leave_their_range():
