@@ -26,7 +26,7 @@ from . import backends, ops, reference
 from .errors import InputError
 from .models import check_teacher
 from .moments import Moments, Observer, Tape
-from .sites import PIXELS, Site, SiteRule, call_name, hook_site, leaves, select
+from .sites import Site, SiteRule, call_name, hook_site, leaves, select
 
 
 class FusedModel(nn.Module):
@@ -44,7 +44,7 @@ class FusedModel(nn.Module):
         self.body, self._tape, self.traced, self.memory_format = body, plan.tape, traced, memory_format
         self.site_names = [site.name for site in plan.sites]
         self._observers = nn.ModuleList(plan.observers.values())
-        self._pixels = plan.observers.get(PIXELS)
+        self._pixels = [observer for observer in plan.observers.values() if not observer.site.module_name]
 
     def forward(self, images: Tensor, group_starts: Tensor | None = None) -> tuple[Tensor, Moments]:
         """Runs the network once.
@@ -63,8 +63,8 @@ class FusedModel(nn.Module):
         self._tape.start(ops.check_group_starts(group_starts, images), len(images))
         if images.dim() == 4 and self.memory_format != torch.preserve_format:
             images = images.contiguous(memory_format=self.memory_format)
-        if self._pixels is not None:
-            self._pixels(images)
+        for observer in self._pixels:
+            observer(images)
         logits = self.body(images)
         return logits, self._tape.finish()
 
@@ -533,7 +533,7 @@ def _fuse_modules(model: nn.Module, plan: _Plan, memory_format: torch.memory_for
             setattr(body.get_submodule(parent), attribute, replaced[module])
     _freeze_convolutions(body, memory_format)
     for observer in plan.observers.values():
-        if observer.site.name != PIXELS:
+        if observer.site.module_name:
             hook_site(body, observer.site, observer)
     if plan.observers:  # backward needs what was observed as it was
         for module in body.modules():

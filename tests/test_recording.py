@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from networks import Chains, settle
 from torch import nn
 
-from bnfuse import ClassStatistics, InputError, Matcher, freeze, record
+from bnfuse import ClassStatistics, InputError, Matcher, freeze, fuse, group_by_class, record
 from bnfuse.cli import main
 from bnfuse.estimators import VARIANCES, index_batches
 from bnfuse.statistics_file import PARTS
@@ -284,3 +284,26 @@ def test_what_cannot_be_recorded(model, data):
     with pytest.raises(InputError, match="'gn:input' has 4 samples in a pass over 7 images"):
         take(freeze(Halves().double()), data, sites=("type=GroupNorm",))
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_what_is_recorded_is_what_the_fused_network_yields(model, data):
+    """The same sites under the same names, a layer that runs twice included, and the same numbers."""
+
+    class Twice(Tokens):
+        def forward(self, x):
+            return super().forward(x) + super().forward(x.flip(2))
+
+    torch.manual_seed(0)
+    twice = freeze(Twice().double())
+    order = data[1].argsort(stable=True)
+    images, labels = data[0][order], data[1][order]
+    for network in (model, twice):
+        for part in (RULES, ("type=GroupNorm",)):
+            statistics = take(network, (images, labels), 40, sites=part)
+            fused = fuse(network, sites=part)
+            _, moments = fused(images, group_by_class(labels)[0])
+            assert list(moments) == list(statistics.sites)
+            for name, (mean, var) in moments.items():
+                for actual, expected in zip((mean, var), statistics.moments(names=[name])):
+                    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
+            assert Matcher.from_statistics(statistics).double()(moments, torch.arange(CLASSES)) < 1e-5
