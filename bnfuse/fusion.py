@@ -36,7 +36,7 @@ class FusedModel(nn.Module):
     ----------
     traced : whether chains were fused, or (False) only the BatchNorm modules were replaced
     memory_format : the layout that images [N, C, H, W] are brought to, see `fuse`
-    site_names : the sites that yield moments, see `sites.Site`; those whose modules run
+    site_names : the sites that were asked for, see `sites.Site`; they yield moments if their modules run
     """
 
     def __init__(self, body: nn.Module, plan: _Plan, traced: bool, memory_format: torch.memory_format):

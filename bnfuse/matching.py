@@ -6,7 +6,6 @@ the row of its class, or from a mixture of rows. It knows nothing of images or o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -112,10 +111,10 @@ class Matcher(nn.Module):
         site_of = torch.arange(len(names)).repeat_interleave(torch.tensor(self.channels))
         self.register_buffer("_site_of", site_of, persistent=False)  # [T]
         self._positions: dict[tuple, Tensor] = {}  # positions, device, dtype → [S]
-        self._pooled: tuple[Tensor, Tensor] | None = None  # float64 [1, T]: what `load_classes` blends with
         self._global_share = 0.0
-        self.register_buffer("_pooled_mean", None)  # [1, T], the other target where distances are blended
-        self.register_buffer("_pooled_var", None)
+        self._pooled: tuple[Tensor, Tensor] | None = None  # float64 [1, T]: what `load_classes` blends with
+        self.register_buffer("global_mean", None)  # [1, T] where distances from all classes' targets are blended with
+        self.register_buffer("global_var", None)
 
     @classmethod
     def from_statistics(
@@ -137,9 +136,9 @@ class Matcher(nn.Module):
         ----------
         classes : the rows of the table, in their order; default all
         sites : names of those to match, in their order; default all that were recorded
-        global_share : of all classes pooled in each class's targets; 0.5 in EDC
-        global_blend : what is blended: the "targets", mean with mean and variance with variance; or the "distances", from the
-            class's targets and from the pooled ones, as EDC's code has it
+        global_share : of all classes pooled, beside each class's own; 0.5 in EDC
+        global_blend : "targets", mean is blended with mean and variance with variance; or "distances", the loss is blended of
+            that with all classes' targets and that with each class's own, as EDC's code has it
         options : as the class takes them
         """
         channels = statistics.site_channels
@@ -164,7 +163,7 @@ class Matcher(nn.Module):
                 if global_blend == "targets":
                     matcher._pooled = pooled
                 else:
-                    matcher._pooled_mean, matcher._pooled_var = (table.float() for table in pooled)
+                    matcher.global_mean, matcher.global_var = (table.float() for table in pooled)
             matcher.load_classes(statistics, classes)
         else:
             matcher.target_mean.copy_(pooled[0])
@@ -242,13 +241,12 @@ class Matcher(nn.Module):
         [G, S]
         """
         mean, var = (torch.cat(values, dim=1) for values in self._moments(moments, update=False))  # [G, T]
-        target_mean, target_var, classes = self._targets(mean, classes)
-        rows = torch.zeros(len(mean), dtype=torch.int64, device=mean.device) if classes is None else classes
-        distances = bn_distance(mean, var, target_mean[rows], target_var[rows], self.site_channels, **self.options)
-        if self._pooled_mean is None:
-            return distances
-        pooled = (table.to(mean.dtype).expand_as(mean) for table in (self._pooled_mean, self._pooled_var))
-        return torch.lerp(distances, bn_distance(mean, var, *pooled, self.site_channels, **self.options), self._global_share)
+        parts = []
+        for share, target_mean, target_var, of_group in self._targets(mean, classes):
+            rows = torch.zeros(len(mean), dtype=torch.int64, device=mean.device) if of_group is None else of_group
+            distances = bn_distance(mean, var, target_mean[rows], target_var[rows], self.site_channels, **self.options)
+            parts.append(share * distances)
+        return sum(parts[1:], start=parts[0])
 
     def forward(self, moments: Moments, classes: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """The loss, a scalar, with sites drawn anew by `generator`; other arguments as in `site_distances`."""
@@ -262,18 +260,27 @@ class Matcher(nn.Module):
         `weights` [G, S] multiply the sites' own, group by group.
         """
         mean, var = self._moments(moments)
-        target_mean, target_var, classes = self._targets(mean[0], classes)
         site_weights = self.site_weights.to(mean[0].dtype)
         if self.drops_sites:
             site_weights = site_weights * self.drawn
-        factors = [] if weights is None else [weights]  # [1, S] or [G, S] each
-        if self.relative:
-            factors.append(self._scale(mean, target_mean, target_var, classes))
         if self.enhancement:
             sites = torch.arange(len(self.names), device=site_weights.device)
             of_group = torch.arange(len(mean[0]), device=sites.device)[:, None] % len(sites)
-            factors.append(1 + self.enhancement * (of_group == sites).to(site_weights.dtype))
-        weights = math.prod(factors[1:], start=factors[0]) if factors else None
+            more = 1 + self.enhancement * (of_group == sites).to(site_weights.dtype)  # [G, S]
+            weights = more if weights is None else more * weights
+        parts = [
+            (share, *self._weighed(mean, var, *targets, site_weights, weights))
+            for share, *targets in self._targets(mean[0], classes)
+        ]
+        if len(parts) == 1:
+            return parts[0][1:]
+        return sum(share * loss for share, loss, _ in parts), sum(share * distances for share, _, distances in parts)
+
+    def _weighed(self, mean, var, target_mean, target_var, classes, site_weights, weights) -> tuple[Tensor, Tensor]:
+        """Loss and distances from one table of targets; weights are [S], and [G, S] or None."""
+        if self.relative:
+            scale = self._scale(mean, target_mean, target_var, classes)  # [1, S] or [G, S]
+            weights = scale if weights is None else scale * weights
         if weights is None:
             return self._loss(mean, var, target_mean, target_var, site_weights, classes)
         if len(weights) == 1:
@@ -291,14 +298,17 @@ class Matcher(nn.Module):
         return loss, distances.view(groups, -1)
 
     def _loss(self, mean, var, target_mean, target_var, site_weights, classes) -> tuple[Tensor, Tensor]:
-        options = {"backend": self.backend, **self.options}
-        found = ops.bn_loss(mean, var, target_mean, target_var, site_weights, classes=classes, **options)
-        if self._pooled_mean is None:
-            return found
-        copies = sum(value.shape[1] for value in mean) // self._pooled_mean.shape[1]
-        pooled = (table.to(mean[0].dtype).repeat(1, copies) for table in (self._pooled_mean, self._pooled_var))
-        other = ops.bn_loss(mean, var, *pooled, site_weights, **options)
-        return tuple(torch.lerp(own, theirs, self._global_share) for own, theirs in zip(found, other))
+        options = {"classes": classes, "backend": self.backend, **self.options}
+        try:
+            return ops.bn_loss(mean, var, target_mean, target_var, site_weights, **options)
+        except RuntimeError:
+            for name, channels, value in zip(self.names, self.channels, mean):
+                if value.shape[1] != channels:
+                    raise InputError(
+                        f"site {name!r} has {value.shape[1]} channels or cells in this pass, its targets have {channels}: they "
+                        "are of another network, or of images of another size"
+                    ) from None
+            raise
 
     def _scale(self, mean: list[Tensor], target_mean: Tensor, target_var: Tensor, classes: Tensor | None) -> Tensor:
         """1 / the distance of zeros from each group's target: [G, S], or [1, S] where all have one."""
@@ -307,8 +317,16 @@ class Matcher(nn.Module):
         _, distances = self._loss(zeros, zeros, target_mean, target_var, self.site_weights.to(zeros[0].dtype), classes)
         return torch.where(distances == 0, 0.0, 1 / distances.abs())
 
-    def _targets(self, like: Tensor, classes: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A table in the moments' dtype, [K, T], and each group's row of it; None where it has one row."""
+    def _targets(self, like: Tensor, classes: Tensor | None) -> list[tuple[float, Tensor, Tensor, Tensor | None]]:
+        """Of each table: its share of the loss, the table in the moments' dtype, [K, T], and each group's row of it, or None
+        where it has one row for all."""
+        own = self._own_targets(like, classes)
+        if self.global_mean is None:
+            return [(1.0, *own)]
+        pooled = self.global_mean.to(like.dtype), self.global_var.to(like.dtype), None
+        return [(1 - self._global_share, *own), (self._global_share, *pooled)]
+
+    def _own_targets(self, like: Tensor, classes: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         mean, var = self.target_mean.to(like.dtype), self.target_var.to(like.dtype)
         if len(mean) == 1:
             return mean, var, None

@@ -32,8 +32,8 @@ class MatchingConfig:
         classes, else batch. A batch of several classes is matched to the mixture of their targets
     targets : statistics to match: each class's own, all classes pooled (global), or the network's running averages
         (running, needs no recording)
-    global_share : of all classes pooled in the targets of each class (EDC has 0.5)
-    global_blend : what that is a share of: the targets, or the distances from either (EDC)
+    global_share : of all classes pooled, beside the targets of each class (EDC has 0.5)
+    global_blend : what is blended of the two, their targets or the distances from them (EDC's code)
     distance : distance between statistics: see `reference.bn_distance`
     use_std : compare standard deviations, not variances
     distance_eps : added to variances under a root or a logarithm

@@ -33,7 +33,7 @@ class NonFiniteLoss(BnfuseError):
     Attributes
     ----------
     unit, step : where, and after how many steps of it
-    where : the site (BatchNorm layer) or loss term that was the first not to be finite
+    where : the site or loss term that was the first not to be finite
     """
 
     def __init__(self, message: str, unit: int, step: int, where: str):

@@ -106,13 +106,16 @@ class Site:
 
     @classmethod
     def of(cls, rule: SiteRule, module_name: str, module: nn.Module) -> Site:
-        batchnorm = isinstance(module, _BatchNorm) and (rule.end, rule.index, rule.layout) == ("input", 0, "channels")
-        name = PIXELS if rule.kind == PIXELS else module_name if isinstance(module, _BatchNorm) else f"{module_name}:{rule.end}"
-        if isinstance(module, _BatchNorm) and rule.end == "output":
-            name += ":output"
-        name += f":{rule.index}" if rule.index else ""
-        name += "" if rule.layout == "channels" else f"@{rule.layout}" + (f"={rule.cells}" if rule.cells else "")
-        return cls(name, module_name, rule.end, rule.index, rule.layout, rule.cells, batchnorm)
+        if rule.kind == PIXELS:
+            name, batchnorm = PIXELS, False
+        else:
+            input_of_batchnorm = isinstance(module, _BatchNorm) and rule.end == "input"
+            batchnorm = input_of_batchnorm and (rule.index, rule.layout) == (0, "channels")
+            name = module_name if input_of_batchnorm else f"{module_name}:{rule.end}"
+        index = f":{rule.index}" if rule.index else ""
+        cells = f"={rule.cells}" if rule.cells else ""
+        layout = "" if rule.layout == "channels" else f"@{rule.layout}{cells}"
+        return cls(name + index + layout, module_name, rule.end, rule.index, rule.layout, rule.cells, batchnorm)
 
     def pick(self, values: object) -> Tensor:
         """The site's tensor among a module's inputs or outputs. InputError where there is none."""

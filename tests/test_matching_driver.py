@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ CONFIG = dataclasses.replace(cases.CONFIG, targets="class")
 OPTIONS = {
     "samples": dict(groups="sample", unbiased=True, use_std=True, site_enhancement=1.0),
     "mixture": dict(groups="batch", global_share=0.5, site_reduction="mean", var_weight=-0.1),
+    "mixture and all classes": dict(groups="batch", global_share=0.5, global_blend="distances", moving_average=0.4),
     "average": dict(moving_average=0.4, moving_average_gradient="straight_through", sites=("bn", "conv", "pixels")),
     "average from the first": dict(moving_average=0.9, moving_average_start="first", relative=True),
     "left out": dict(site_drop=0.4, drop_sites=("conv",), sites=("bn", "conv")),
@@ -225,6 +227,7 @@ def test_cards_from_before_the_options(teacher, tmp_path):
         (dict(moving_average=-0.1), "moving_average must be from 0"),
         (dict(moving_average_start="one"), "moving_average_start must be one of zero, first"),
         (dict(global_share=2.0), "global_share must be from 0 to 1"),
+        (dict(global_blend="rows"), "global_blend must be one of targets, distances"),
         (dict(global_share=0.5, targets="global"), "global_share is a part of targets='class'"),
         (dict(site_enhancement=1.0), "site_enhancement is for groups='sample'"),
         (dict(mean_weight=float("nan")), "mean_weight must be finite"),
@@ -243,9 +246,30 @@ def test_the_command_line(tmp_path, capsys):
     """Pixels and BatchNorm layers sample by sample, without a recording: ZeroQ's."""
     flags = (
         "--teacher resnet8 --num-classes 10 --image-size 8 --mean 0.3 0.3 0.3 --std 0.3 0.3 0.3 --targets running "
-        "--sites pixels bn --groups sample --unbiased --use-std --distance l2_squared --distance-eps 1e-6 --ce-weight 0 --iterations 2 "
-        "--images-per-class 1 --classes 1 2 --batch-size 2"
+        "--sites pixels bn --groups sample --unbiased --use-std --distance l2_squared --distance-eps 1e-6 --ce-weight 0 "
+        "--iterations 2 --images-per-class 1 --classes 1 2 --batch-size 2"
     )
     assert main(["synthesize", "--out", str(tmp_path / "out"), *flags.split()]) == 0
     assert "2 images, 2 made now" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "card.json").read_text())["config"]["sites"] == ["pixels", "bn"]
+
+
+# ---- the page ----
+
+PAGE = Path(__file__).parents[1] / "docs" / "matching.md"
+
+
+def test_the_page_has_every_option_and_its_example_runs(teacher):
+    text = PAGE.read_text()
+    table = text[text.index("## Options") :]
+    assert all(f"`{field.name}`" in table for field in dataclasses.fields(MatchingConfig))
+    names = {
+        "torch": torch,
+        "F": nn.functional,
+        "model": teacher.model,
+        "statistics": recorded(teacher, ["bn", "conv@cells=4"]),
+        "images": torch.randn(4, 3, 8, 8, requires_grad=True),
+        "labels": torch.tensor([3, 3, 0, 7]),
+    }
+    exec(text.split("```python")[1].split("```")[0], names)
+    assert torch.autograd.grad(names["loss"], names["images"])[0].isfinite().all()

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import Chains, settle
 
@@ -185,7 +185,7 @@ def test_moving_averages(parts, gradient, start):
     assert all(before[name].equal(value) for name, value in matcher.moving_average.state().items())
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from(DISTANCES),
     st.booleans(),
@@ -277,12 +277,16 @@ def test_relative_losses_carry_over(parts):
     assert dead(dict(zip("ab", zip(mean.split([2, 4], 1), var.split([2, 4], 1))))).isfinite()
 
 
-def test_recorded_targets_with_a_share_of_all_classes(parts):
-    """EDC's: half the pooled statistics, half the mean over the batch's labels of their classes' own."""
-    model, fused, _ = parts
+@pytest.fixture(scope="module")
+def statistics(parts):
     labels = torch.arange(40) % CLASSES
     shown = torch.randn(40, 3, 7, 8, dtype=torch.float64) + labels[:, None, None, None]
-    statistics = record(model, [(shown, labels)], CLASSES, minimum_images=1)
+    return record(parts[0], [(shown, labels)], CLASSES, minimum_images=1)
+
+
+def test_recorded_targets_with_a_share_of_all_classes(parts, statistics):
+    """A quarter the pooled statistics, the rest the mean over the batch's labels of their classes' own."""
+    _, fused, _ = parts
     sites = ["bn3", "bn0"]
     matcher = Matcher.from_statistics(statistics, sites=sites, classes=[2, 0, 1], global_share=0.25)
     for table, own, pooled in zip(
@@ -295,13 +299,39 @@ def test_recorded_targets_with_a_share_of_all_classes(parts):
     matcher.load_classes(statistics, [2])
     assert matcher.target_mean.equal(kept)
     mixture = torch.tensor([[0.5, 0.25, 0.25]])
-    mean, var = (mixture.double() @ table.double() for table in (matcher.target_mean, matcher.target_var))
     moments = fused(images())[1]
-    expected = sum(
-        (moments[name][0] - m).norm() + (moments[name][1] - v).norm()
-        for name, m, v in zip(sites, mean.split([6, 6], 1), var.split([6, 6], 1))
-    )
-    torch.testing.assert_close(matcher(moments, mixture), expected, rtol=1e-9, atol=0)
+    tables = (mixture.double() @ table.double() for table in (matcher.target_mean, matcher.target_var))
+    torch.testing.assert_close(matcher(moments, mixture), norms(moments, sites, *tables), rtol=1e-9, atol=0)
+
+
+def norms(moments, sites, mean, var):
+    """DeepInversion's distance from targets [1, T] of 6 channels a site."""
+    targets = zip(sites, mean.split([6, 6], 1), var.split([6, 6], 1))
+    return sum((moments[name][0] - m).norm() + (moments[name][1] - v).norm() for name, m, v in targets)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_distances_with_a_share_of_all_classes(parts, statistics, relative):
+    """EDC's code: half the distance from the pooled statistics, half that from the mean over the batch's labels."""
+    _, fused, _ = parts
+    sites, mixture = ["bn3", "bn0"], torch.tensor([[0.5, 0.0, 0.25, 0.25]])
+    options = dict(sites=sites, relative=relative)
+    half = Matcher.from_statistics(statistics, global_share=0.5, global_blend="distances", **options)
+    own, pooled = (Matcher.from_statistics(statistics, per_class=per_class, **options) for per_class in (True, False))
+    x = images().requires_grad_()
+    moments = fused(x)[1]
+    loss, expected = half(moments, mixture), 0.5 * own(moments, mixture) + 0.5 * pooled(moments)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(v, x, retain_graph=True)[0] for v in (loss, expected)))
+    distances = 0.5 * own.site_distances(moments, mixture) + 0.5 * pooled.site_distances(moments)
+    torch.testing.assert_close(half.site_distances(moments, mixture), distances)
+    torch.testing.assert_close(half.measure(moments, mixture)[1], distances)
+    if not relative:
+        tables = [mixture.double() @ table.float().double() for table in statistics.moments(names=sites)]
+        all_classes = [table.float().double() for table in statistics.moments(names=sites, per_class=False)]
+        by_hand = 0.5 * norms(moments, sites, *tables) + 0.5 * norms(moments, sites, *all_classes)
+        torch.testing.assert_close(loss, by_hand, rtol=1e-9, atol=0)
+    assert {"global_mean", "global_var"} <= set(half.state_dict()) and "global_mean" not in own.state_dict()
 
 
 def test_running_targets_of_pixels(parts):
@@ -338,6 +368,18 @@ def test_float32_tables_and_mixtures_in_autocast(parts):
     assert expected.dtype == torch.float32
 
 
+def test_the_loss_compiles_into_one_graph(parts):
+    model, fused, targets = parts
+    options = dict(unbiased=True, relative=True, site_drop=0.3, enhancement=1.0)
+    ours, theirs = (Matcher(*targets, moving_average=MovingAverage(0.4), **options) for _ in range(2))
+    step = lambda matcher: lambda x, starts, classes: matcher.measure(fused(x, starts)[1], classes)[0]
+    compiled, arguments = torch.compile(step(ours), fullgraph=True, backend="aot_eager"), (torch.tensor(RUNS), OF_RUNS)
+    for seed in range(3):
+        for matcher in (ours, theirs):
+            matcher.draw_sites(torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(compiled(images(seed=seed), *arguments), step(theirs)(images(seed=seed), *arguments))
+
+
 def test_bad_arguments(parts):
     _, fused, targets = parts
     moments = fused(images())[1]
@@ -349,6 +391,10 @@ def test_bad_arguments(parts):
             Matcher(*targets, **options)
     with pytest.raises(InputError, match=r"a mixture of classes must be \[1, 4\].*got \[1, 3\]"):
         Matcher(*targets)(moments, torch.ones(1, 3))
+    larger = fused(torch.randn(2, 3, 12, 12, dtype=torch.float64))[1]
+    for backend in ("cpp", "reference"):
+        with pytest.raises(InputError, match=r"'stem:input@cells=4' has 9 channels or cells in this pass, its targets have 4"):
+            Matcher(*targets, backend=backend)(larger, ONE)
     with pytest.raises(InputError, match="got a plain dict"):
         Matcher(*targets, unbiased=True)(dict(moments), ONE)
     single = Moments({"a": (torch.ones(1, 2), torch.zeros(1, 2))}, {"a": 1}, torch.tensor([0, 1]))
