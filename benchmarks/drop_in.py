@@ -105,7 +105,7 @@ def table(cases: list[dict]) -> str:
                 times(case["eager_over_bnfuse"]),
                 *(f"{peak[version] / 1e6:,.0f} MB" for version in VERSIONS),
                 times(peak["eager"] / peak["bnfuse"]),
-                f"{case['losses_apart']:.0e}",
+                f"{case['losses_apart']:.0e}" if case["losses_apart"] else "0",
             ]
         )
     return markdown(rows)

@@ -253,7 +253,7 @@ def _add_synthesize(commands) -> None:
         "synthesize",
         _synthesize,
         "Make a synthetic dataset from noise. Stopped and started again, it continues. Under torchrun, many ranks make it.",
-        SPEC_GRAMMAR,
+        f"{SPEC_GRAMMAR}\n{SITE_GRAMMAR}",
     )
     _add_teacher(parser)
     parser.add_argument("--statistics", type=Path, metavar="FILE", help="what `bnfuse record` wrote")

@@ -315,5 +315,10 @@ class Source:
             "preprocessing": self.teacher.preprocessing.to_dict(),
             "statistics": None
             if statistics is None
-            else {"sha256": statistics.digest(), "dataset": statistics.dataset, "images": statistics.images.tolist()},
+            else {
+                "sha256": statistics.digest(),
+                "dataset": statistics.dataset,
+                "images": statistics.images.tolist(),
+                **({} if statistics.variance == "pooled" else {"variance": statistics.variance}),
+            },
         }

@@ -190,7 +190,7 @@ def test_a_closed_layer_is_what_it_was():
         hook.close()
         hook.close()  # once more does no harm
     assert type(net.bn1) is not nn.BatchNorm2d and second.r_feature == hooks[0].r_feature
-    second.remove()
+    second.hook.remove()
     assert {name: type(m) for name, m in net.named_modules()} == before
     assert net.bn1.__dict__ == attributes and list(net.state_dict()) == keys
 

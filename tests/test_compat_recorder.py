@@ -121,6 +121,21 @@ def test_copies_of_a_network_are_without_it_and_copies_of_both_belong_together()
     assert closed._handle is None and not closed.module._forward_pre_hooks
 
 
+def test_what_is_recorded_in_inference_mode_serves_outside_of_it():
+    module = nn.GroupNorm(2, 6).double()
+    recorder = Recorder(module)
+    first, second = (part.double() for part in batches(5, 7, shape=(6, 4, 5)))
+    with torch.inference_mode():
+        module(first)
+    module(second)
+    both = torch.cat([first, second]).flatten(2)
+    torch.testing.assert_close(recorder.running_var, both.var((0, 2), correction=0), rtol=1e-12, atol=1e-12)
+    recorder.match()
+    module(x := first.clone().requires_grad_())
+    recorder.r_feature.backward()
+    assert x.grad.abs().sum() > 0
+
+
 def test_its_state_is_its_statistics():
     model = network()
     recorder = Recorder(model[1])

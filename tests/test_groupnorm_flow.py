@@ -1,5 +1,6 @@
 """A teacher without BatchNorm from end to end, by the very commands of docs/recording.md."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -29,8 +30,8 @@ def trained(tmp_path_factory):
     (folder / "groupnorm.py").write_text(re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for name in ("train", "record"):
-            assert run(*commands()[name], "--device", "cpu") == 0
+        assert run(*commands()["train"], "--epochs", 4, "--device", "cpu") == 0
+        assert run(*commands()["record"], "--device", "cpu") == 0
     return folder
 
 
@@ -62,6 +63,21 @@ def test_the_commands_of_the_page(trained, monkeypatch, capsys):
         assert run(*synthesize, *small, "--iterations", 4, *more, "--out", name) == 0
     whole, virtual = (torch.stack([load_dataset(name)[i][0] for i in range(8)]) for name in ("whole", "virtual"))
     assert (whole - virtual).abs().max() <= 1.01 / 255 and not torch.equal(whole, pixels)
+
+
+def test_other_estimators_and_part_of_the_sites(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    record, synthesize = commands()["record"], commands()["synthesize"]
+    assert (
+        run(*record, "--sites", "type=GroupNorm", "pixels", "--class-variance", "images", "--out", "images", "--device", "cpu")
+        == 0
+    )
+    small = ["--images-per-class", 2, "--classes", 5, "--iterations", 2, "--device", "cpu", "--statistics", "images"]
+    for name, more in (("half", ["--global-share", 0.5]), ("pooled", ["--targets", "global"])):
+        assert run(*synthesize, *small, *more, "--out", name) == 0
+        card = json.loads(Path(name, "card.json").read_text())
+        assert card["statistics"]["variance"] == "images" and card["config"]["sites"] == ["type=GroupNorm"]
+    assert run("verify", "half") == 0
 
 
 def test_what_does_not_fit_is_said(trained, monkeypatch, capsys):

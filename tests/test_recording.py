@@ -1,5 +1,8 @@
 """Class statistics of any site, and of any estimator: each is what a plain loop over the images says, in float64."""
 
+import re
+from pathlib import Path
+
 import pytest
 import safetensors.torch
 import torch
@@ -9,10 +12,13 @@ from torch import nn
 
 from bnfuse import ClassStatistics, InputError, Matcher, freeze, fuse, group_by_class, record
 from bnfuse.cli import main
+from bnfuse.compat.lpld import BNFeatureHook_ClassStats_Training
 from bnfuse.estimators import VARIANCES, index_batches
+from bnfuse.models import batchnorm_layers
 from bnfuse.statistics_file import PARTS
 
 CLASSES = 3
+PAGE = Path(__file__).parents[1] / "docs/recording.md"
 
 
 class Tokens(nn.Module):
@@ -307,3 +313,17 @@ def test_what_is_recorded_is_what_the_fused_network_yields(model, data):
                 for actual, expected in zip((mean, var), statistics.moments(names=[name])):
                     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
             assert Matcher.from_statistics(statistics).double()(moments, torch.arange(CLASSES)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.*moving average starts from")
+def test_statistics_on_the_layers_are_what_the_methods_hooks_measure(data):
+    """By the snippet of docs/recording.md: LPLD's hook on each layer, and the matcher, say the same."""
+    network, images = settle(Chains()).double(), data[0]
+    statistics = record(network, batches(data), CLASSES, minimum_images=1, variance="ema")
+    code = re.search(r"```python\n(for name, layer in batchnorm_layers.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    exec(code, {"batchnorm_layers": batchnorm_layers, "model": network, "statistics": statistics})
+    _, moments = fuse(network)(images)
+    expected = Matcher.from_statistics(statistics)(moments, torch.tensor([1]))
+    hooks = [BNFeatureHook_ClassStats_Training(layer, 1) for layer in batchnorm_layers(network).values()]
+    network(images)
+    torch.testing.assert_close(sum(hook.r_feature for hook in hooks), expected, rtol=1e-12, atol=1e-12)

@@ -96,6 +96,11 @@ class BatchNormHook:
 
     remove = close
 
+    @property
+    def hook(self) -> BatchNormHook:
+        """For scripts that call ``.hook.remove()``, on PyTorch's handle of their own hook."""
+        return self
+
     # ---- what derived classes say otherwise ----
 
     def targets(self, module: nn.Module) -> tuple[Tensor, Tensor]:

@@ -165,7 +165,8 @@ class ConvFeatureHook:
             )
         moments = self.moments(x)
         if self.process_group is not None:
-            counts = (elements(values, None) for values in (x, self.patches.arrange(x.detach())))
+            in_patch = torch.full_like(elements(x, None), x.shape[0] * x.shape[1] * self.patches.cells**2)
+            counts = elements(x, None), in_patch
             names = (("running_dd_mean", "running_dd_var"), ("running_patch_mean", "running_patch_var"))
             moments = [
                 over_ranks(Part(count, *values, *(centre[name].to(x.device)[None] for name in pair)), self.process_group)

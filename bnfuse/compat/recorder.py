@@ -100,6 +100,7 @@ class Recorder(nn.Module):
         else:
             self._match(x)
 
+    @torch.inference_mode(False)  # the buffers made here are used outside of it, too
     @torch.no_grad()
     def _record(self, x: Tensor) -> None:
         batch = SiteMoments.empty(1, x.shape[1])
