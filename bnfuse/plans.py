@@ -63,7 +63,7 @@ class SynthesisConfig(MatchingConfig):
     teacher_temperature : the larger, the more alike the weights
     soft_labels : also store the teacher's logits of each image
     seed : seed of everything random
-    preset : the named settings that these began from, see `presets`
+    preset : another project's settings, by name, from which these began, see --list-presets
 
     Raises
     ------

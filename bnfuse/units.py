@@ -67,7 +67,12 @@ class UnitMaker:
         self.more_sources = [Source.of(*more, config) for more in more_teachers]
         for number, other in enumerate(self.more_sources, start=2):
             self.source.check_alike(other, number)
+        if not self.more_sources and (config.teacher_weights or config.teacher_priors):
+            raise InputError(
+                "teacher_weights and teacher_priors are for several teachers: give --more-teachers (more_teachers)"
+            )
         sources = [self.source, *self.more_sources]
+        config.committee.check(len(sources))
         at_once = max(len(set(unit.classes)) for unit in self.units)
         budget = budget_of_each([source.target_bytes(config) for source in sources])
         self.targets = [source.targets(config, at_once, device, budget) for source in sources]

@@ -210,6 +210,20 @@ def test_teachers_that_do_not_go_together(pair, tmp_path, options, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"teacher_weights": (2.0,)}, "are for several: give --more-teachers"),
+        ({"teacher_priors": (60.0,)}, "are for several: give --more-teachers"),
+        ({"teacher_plan": "drawn"}, r"from 1 to the number of teachers \(1\), got 2"),
+    ],
+)
+def test_what_one_teacher_cannot_be(pair, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        make(pair[:1], tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
 def test_command_line(tmp_path, capsys):
     for number in range(2):
         save_checkpoint(

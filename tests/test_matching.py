@@ -111,24 +111,3 @@ def test_bad_arguments(parts):
         Matcher.from_running(model, sites=["bn99"])
     with pytest.raises(InputError, match="not sorted by class"):
         group_by_class(torch.tensor([0, 1, 0]))
-
-
-@pytest.mark.parametrize("options", [{}, {"enhancement": 1.0}, {"relative": True}])
-def test_a_share_of_the_pooled_targets_or_of_the_distance_from_them(parts, options):
-    """EDC's two halves: of distances it is their weighted sum, group by group; of targets it is another number."""
-    model, statistics, _, _ = parts
-    starts, classes = torch.tensor([0, 2, 3, 5, 6]), torch.tensor([1, 0, 3, 2])
-    moments = fuse(model)(torch.randn(6, 3, 6, 6, dtype=torch.float64), starts)[1]
-    make = lambda share, blend: Matcher.from_statistics(statistics, global_share=share, global_blend=blend, **options)
-    own, whole = make(0.0, "distances"), Matcher.from_statistics(statistics, per_class=False, **options)
-    blended = make(0.25, "distances")
-    distances = 0.75 * own.site_distances(moments, classes) + 0.25 * whole.site_distances(moments)
-    torch.testing.assert_close(blended.site_distances(moments, classes), distances, rtol=1e-12, atol=0)
-    loss, measured = blended.measure(moments, classes)
-    torch.testing.assert_close(measured, distances, rtol=1e-9, atol=0)
-    if not options.get("relative"):  # which divides by a distance that is blended, too
-        expected = 0.75 * own.measure(moments, classes)[0] + 0.25 * whole.measure(moments)[0]
-        torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
-    assert (make(0.25, "targets").site_distances(moments, classes) - distances).abs().max() > 1e-3
-    with pytest.raises(InputError, match="global_blend must be one of targets, distances, got 'both'"):
-        make(0.25, "both")
