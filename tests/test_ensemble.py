@@ -213,8 +213,8 @@ def test_teachers_that_do_not_go_together(pair, tmp_path, options, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"teacher_weights": (2.0,)}, "are for several: give --more-teachers"),
-        ({"teacher_priors": (60.0,)}, "are for several: give --more-teachers"),
+        ({"teacher_weights": (2.0,)}, "are for several teachers: give --more-teachers"),
+        ({"teacher_priors": (60.0,)}, "are for several teachers: give --more-teachers"),
         ({"teacher_plan": "drawn"}, r"from 1 to the number of teachers \(1\), got 2"),
     ],
 )
