@@ -17,34 +17,28 @@ from torch import nn
 def invert(net, targets, shape, iterations, lr=0.2, main=1.0, bn=0.05, tv=1e-4, l2=1e-5, first_bn=10.0, jitter=30, seed=0):
     """Images of these targets, and the loss of each iteration; the first third is at half size. `shape` is [C, H, W]."""
     torch.manual_seed(seed)
-    loss_r_feature_layers = []
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            loss_r_feature_layers.append(DeepInversionFeatureHook(module))
-    inputs = torch.randn(len(targets), *shape, requires_grad=True)
+    hooks = [DeepInversionFeatureHook(layer) for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
+    weights = [first_bn, *[1.0] * (len(hooks) - 1)]
+    images = torch.randn(len(targets), *shape, requires_grad=True)
     losses = []
-    for pooled, its in ((2, iterations // 3), (1, iterations - iterations // 3)):
-        optimizer = torch.optim.Adam([inputs], lr=lr, betas=(0.5, 0.9), eps=1e-8)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, its))
-        for _ in range(its):
-            small = F.avg_pool2d(inputs, pooled) if pooled > 1 else inputs
-            off1, off2 = torch.randint(-(jitter // pooled), jitter // pooled + 1, (2,)).tolist()
-            jittered = torch.roll(small, shifts=(off1, off2), dims=(2, 3))
-            if torch.rand(()) > 0.5:
-                jittered = torch.flip(jittered, dims=(3,))
+    for scale, steps in ((2, iterations // 3), (1, iterations - iterations // 3)):
+        optimizer = torch.optim.Adam([images], lr=lr, betas=(0.5, 0.9))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+        for _ in range(steps):
+            view = F.avg_pool2d(images, scale) if scale > 1 else images
+            view = view.roll(torch.randint(-(jitter // scale), jitter // scale + 1, (2,)).tolist(), (2, 3))
+            view = view.flip(3) if torch.rand(()) < 0.5 else view
+            classification = F.cross_entropy(net(view), targets)
+            statistics = sum(weight * hook.r_feature for weight, hook in zip(weights, hooks))
+            loss = main * classification + bn * statistics + tv * total_variation(view) + l2 * view.norm()
             optimizer.zero_grad()
-            outputs = net(jittered)
-            loss_ce = F.cross_entropy(outputs, targets)
-            rescale = [first_bn] + [1.0 for _ in range(len(loss_r_feature_layers) - 1)]
-            loss_bn = sum(mod.r_feature * rescale[idx] for idx, mod in enumerate(loss_r_feature_layers))
-            loss = main * loss_ce + bn * loss_bn + tv * total_variation(jittered) + l2 * torch.norm(jittered)
             loss.backward()
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-    for layer in loss_r_feature_layers:
-        layer.close()
-    return inputs.detach(), losses
+    for hook in hooks:
+        hook.close()
+    return images.detach(), losses
 
 
 def total_variation(x):

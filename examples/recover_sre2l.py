@@ -18,24 +18,23 @@ from torch import nn
 def recover(teacher, labels, shape, iterations, lr=0.25, r_bn=0.01, first_bn_multiplier=10.0, jitter=4, seed=0):
     """Images of these labels, and the loss of each iteration. `shape` is [C, H, W]."""
     torch.manual_seed(seed)
-    layers = [BNFeatureHook(module) for module in teacher.modules() if isinstance(module, nn.BatchNorm2d)]
+    hooks = [BNFeatureHook(layer) for layer in teacher.modules() if isinstance(layer, nn.BatchNorm2d)]
+    weights = [first_bn_multiplier, *[1.0] * (len(hooks) - 1)]
     images = torch.randn(len(labels), *shape, requires_grad=True)
-    optimizer = torch.optim.Adam([images], lr=lr, betas=(0.5, 0.9), eps=1e-8)
+    optimizer = torch.optim.Adam([images], lr=lr, betas=(0.5, 0.9))
     losses = []
     for iteration in range(iterations):
         for group in optimizer.param_groups:
             group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+        classification = F.cross_entropy(teacher(random_view(images, jitter)), labels)
+        statistics = sum(weight * hook.r_feature for weight, hook in zip(weights, hooks))
+        loss = classification + r_bn * statistics
         optimizer.zero_grad()
-        outputs = teacher(random_view(images, jitter))
-        loss_ce = F.cross_entropy(outputs, labels)
-        rescale = [first_bn_multiplier] + [1.0] * (len(layers) - 1)
-        loss_bn = sum(layer.r_feature * rescale[i] for i, layer in enumerate(layers))
-        loss = loss_ce + r_bn * loss_bn
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    for layer in layers:
-        layer.close()
+    for hook in hooks:
+        hook.close()
     return images.detach(), losses
 
 

@@ -651,3 +651,53 @@ def test_hooks_can_be_derived_from():
     mean, var = moments_of(x)
     close(hook.r_feature, l2(2 * layer.running_mean, mean) + l2(2 * layer.running_var, var), x.dtype)
     close(plain.r_feature, l2(layer.running_mean, mean) + l2(layer.running_var, var), x.dtype)
+
+
+def test_a_layer_is_called_as_it_was():
+    layer, x = fill(nn.BatchNorm2d(5)).double(), images(3, 5, 6, 7)
+    hook = BNFeatureHook(layer)
+    torch.testing.assert_close(layer(input=x), nn.BatchNorm2d.forward(copy.deepcopy(layer), x), rtol=1e-12, atol=1e-12)
+    labelled = fill(BatchNorm2dWithPerClassStats(5)).double()
+    labelled.running_mean_per_class, labelled.running_var_per_class = images(1, 5), images(1, 5).abs()
+    classwise = wmdd.BNFeatureHook_new(labelled, True, 3, 0, 1)
+    torch.testing.assert_close(labelled(x, labels=torch.zeros(3)), layer(x), rtol=1e-12, atol=1e-12)
+    assert hook.r_feature > 0 and classwise.r_feature > 0
+
+
+def test_running_statistics_may_change_before_the_backward_pass():
+    layer, x = fill(nn.BatchNorm2d(5)).double(), images(3, 5, 6, 7).requires_grad_()
+    hook = BNFeatureHook(layer)
+    y = layer(x)
+    loss = y.square().sum() + hook.r_feature
+    expected = torch.autograd.grad(loss, x, retain_graph=True)[0]
+    layer.running_mean.zero_()
+    layer.running_var.fill_(1)
+    assert torch.autograd.grad(loss, x)[0].equal(expected)
+
+
+@pytest.mark.parametrize("hook_class", [BNFeatureHook, DeepInversionHook, gvbsm.BNFeatureHook])
+def test_gradients_of_gradients_of_a_frozen_layer(hook_class):
+    layer = fill(nn.BatchNorm2d(2)).double()
+    hook = hook_class(layer) if hook_class is not gvbsm.BNFeatureHook else hook_class(layer, 0.0)
+
+    def loss(x):
+        return layer(x).square().sum() + hook.r_feature
+
+    assert torch.autograd.gradgradcheck(loss, images(2, 2, 3, 3).requires_grad_())
+
+
+def test_gradients_of_gradients_by_weights_that_train():
+    """Gradient inversion: the network's weights ask for gradients, which are differentiated by the images."""
+    results, original = [], fill(CifarResNet(8, width=4)).double().requires_grad_()
+    for hook_class in (EagerHook, DeepInversionFeatureHook):
+        net = copy.deepcopy(original)
+        x = images(2, 3, 8, 8).requires_grad_()
+        hooks = [hook_class(m) for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = F.cross_entropy(net(x), torch.arange(2))
+        gradients = torch.autograd.grad(loss, list(net.parameters()), create_graph=True)
+        objective = sum(g.square().sum() for g in gradients) + 0.1 * sum(hook.r_feature for hook in hooks)
+        results.append((objective.detach(), torch.autograd.grad(objective, x)[0]))
+    for actual, expected in zip(*results[::-1]):
+        close(actual, expected, torch.float64)

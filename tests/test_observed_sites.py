@@ -128,6 +128,7 @@ whole = lambda output: output
 
 CHAINS = {
     "pixels": ("", "input", first, "channels"),
+    "pixels@cells=4": ("", "input", first, "cells=4"),
     "stem:input": ("stem", "input", first, "channels"),
     "stem:input@cells=4": ("stem", "input", first, "cells=4"),
     "conv2:output": ("conv2", "output", whole, "channels"),
@@ -139,8 +140,8 @@ CHAINS = {
     "fc:output@last": ("fc", "output", whole, "last"),
 }
 CHAINS_RULES = (
-    *("pixels", "name=stem", "name=stem@cells=4", "name=conv2:output", "name=bn2", "name=bn2@cells=4", "name=act0:output"),
-    *("name=bn_skip:output", "name=head", "name=fc:output@last"),
+    *("pixels", "pixels@cells=4", "name=stem", "name=stem@cells=4", "name=conv2:output", "name=bn2", "name=bn2@cells=4"),
+    *("name=act0:output", "name=bn_skip:output", "name=head", "name=fc:output@last"),
 )
 TOKENS = {
     "patches:output": ("patches", "output", whole, "channels"),

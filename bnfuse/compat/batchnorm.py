@@ -138,7 +138,8 @@ class BatchNormHook:
             y, mean, var = ops.bn_act(x, scale, shift, **options)
             self.take(module, x, mean, var, group_starts, classes)
             return y
-        targets = (value.to(dtype) for value in self.targets(module))
+        # Copies: the layer's own may change before the backward pass, DistributedDataParallel writes them at each forward pass.
+        targets = (value.to(dtype, copy=True) for value in self.targets(module))
         y, *measured = ops.bn_act_loss(x, scale, shift, *targets, classes=classes, **options)
         self._measured = tuple(measured)
         return y
@@ -154,7 +155,7 @@ class BatchNormHook:
         self.take(module, x, mean, var, group_starts, classes)
 
     def _see(self, module: nn.Module, inputs: tuple) -> None:
-        self.observe(module, inputs[0], _why_eager(module, inputs[0]))
+        self.observe(module, inputs[0], _unknown_dtype(inputs[0]))
 
     def take(self, module, x: Tensor, mean: Tensor, var: Tensor, group_starts: Tensor | None, classes: Tensor | None) -> None:
         """Moments [G, C] of this process's, or this replica's, x become the measure."""
@@ -175,7 +176,8 @@ class BatchNormHook:
 
     def _result(self) -> tuple[Tensor, Tensor, Tensor]:
         if self._parts:
-            self._measured, self._parts = self._complete(merge(self._parts)), []
+            whole = merge(self._parts, self.module.running_mean.device)
+            self._measured, self._parts = self._complete(whole), []
         if self._measured is None:
             raise AttributeError(f"this {type(self).__name__} has measured nothing yet: its layer has not run")
         return self._measured
@@ -222,21 +224,21 @@ class BatchNormHook:
 class HookedBatchNorm:
     """What a BatchNorm layer's class is mixed with while a hook is on the layer: see `_hooked_class`."""
 
-    def forward(self, x: Tensor, *arguments) -> Tensor:
-        """x [N, C, *spatial] → the same shape, as the layer's own forward."""
+    def forward(self, input: Tensor, *arguments, **named) -> Tensor:
+        """input [N, C, *spatial] → the same shape, as the layer's own forward."""
         first, *others = self._hooks_of_bnfuse
-        why_eager = _why_eager(self, x)
-        if arguments or why_eager:
-            y = super().forward(x, *arguments)
-            first.observe(self, x, why_eager)
+        why_eager = _why_eager(self, input)
+        if why_eager or arguments or named:
+            y = super().forward(input, *arguments, **named)
+            first.observe(self, input, why_eager)
         else:
-            self._check_input_dim(x)
-            y = first.run(self, x)
+            self._check_input_dim(input)
+            y = first.run(self, input)
         for hook in others:
             if hook.key is not None and hook.key == first.key:
                 hook.take_from(first)
             else:
-                hook.observe(self, x, why_eager)
+                hook.observe(self, input, why_eager)
         return y
 
     def _replicate_for_data_parallel(self) -> nn.Module:
@@ -261,20 +263,22 @@ def _why_eager(module: nn.Module, x: Tensor) -> str | None:
         return "it is in training mode"
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (module.weight, module.bias)):
         return "its weight or bias asks for a gradient"
-    if x.dtype not in ops.DTYPES:
-        return f"its input is {x.dtype}"
-    return None
+    return _unknown_dtype(x)
+
+
+def _unknown_dtype(x: Tensor) -> str | None:
+    return None if x.dtype in ops.DTYPES else f"its input is {x.dtype}"
 
 
 def _affine(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """scale and shift [C] of a BatchNorm in eval mode. Not kept: weights may be changed in ways that nothing tells."""
     scale = (module.running_var.to(dtype) + module.eps).rsqrt()
     if module.weight is not None:
-        scale = scale * module.weight.detach()
-    shift = module.running_mean * -scale
-    if module.bias is not None:
-        shift = shift + module.bias.detach()
-    return scale.to(dtype), shift.to(dtype)
+        scale = scale * module.weight.detach().to(dtype)
+    mean = module.running_mean.to(dtype)
+    if module.bias is None:
+        return scale, -mean * scale
+    return scale, torch.addcmul(module.bias.detach().to(dtype), mean, scale, value=-1)
 
 
 def _is_replica(module: nn.Module) -> bool:

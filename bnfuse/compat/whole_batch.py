@@ -44,16 +44,16 @@ def over_ranks(part: Part, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     return _moments(*sums.split([1, channels, channels], dim=1), centre, part.mean.dtype)
 
 
-def merge(parts: Sequence[Part]) -> Part:
-    """The parts as one, where the first one lies; the other places are differentiated through."""
-    first = parts[0]
-    device, centre = first.mean.device, first.target_mean.double()
+def merge(parts: Sequence[Part], device: torch.device) -> Part:
+    """The parts, which came in any order, as one on this device; all places are differentiated through."""
+    parts = sorted(parts, key=lambda part: part.mean.device.index or 0)
     count, sums, squares = 0, 0, 0
     for part in parts:
         local = [value.to(device) for value in (part.count, *_sums(part, part.target_mean.double()))]
         count, sums, squares = (a + b for a, b in zip((count, sums, squares), local))
-    mean, var = _moments(count, sums, squares, centre, first.mean.dtype)
-    return Part(count, mean, var, first.target_mean, first.target_var)
+    target_mean, target_var = (value.to(device) for value in (parts[0].target_mean, parts[0].target_var))
+    mean, var = _moments(count, sums, squares, target_mean.double(), parts[0].mean.dtype)
+    return Part(count, mean, var, target_mean, target_var)
 
 
 def _sums(part: Part, centre: Tensor) -> tuple[Tensor, Tensor]:
