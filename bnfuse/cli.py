@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from . import __version__
 from .backends import BACKENDS
-from .configs import add_flags, from_flags
+from .configs import add_flags, from_flags, given_flags
 from .datasets import SPEC_GRAMMAR as DATASET_GRAMMAR
 from .datasets import load_dataset
 from .demo import run_demo
@@ -28,6 +28,7 @@ from .manifest import inspect, is_store, read_store, some
 from .models import SPEC_GRAMMAR, Teacher, load_teacher
 from .plans import SynthesisConfig
 from .preprocessing import Preprocessing
+from .presets import listing, preset
 from .relabelling import RelabelConfig, relabel
 from .repair import repair
 from .sites import SITE_GRAMMAR
@@ -292,11 +293,26 @@ def _add_synthesize(commands) -> None:
     parser.add_argument(
         "--tensorboard", type=Path, metavar="FOLDER", help="write losses, learning rate and pace for TensorBoard"
     )
+    _add_more_teachers(parser)
+    parser.add_argument("--list-presets", action=_ListPresets, help="show the named settings for --preset, and end")
     add_flags(parser, SynthesisConfig)
 
 
+class _ListPresets(argparse.Action):
+    """Like --help, so that it needs none of the required arguments."""
+
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
+
+    def __call__(self, parser, *_) -> None:
+        print(listing())
+        parser.exit()
+
+
 def _synthesize(args) -> None:
-    config = from_flags(SynthesisConfig, args)
+    given = given_flags(SynthesisConfig, args)
+    name = given.pop("preset", None)
+    config = SynthesisConfig(**given) if name is None else preset(name, **given)
     teacher = _load_teacher(args)
     statistics = None if args.statistics is None else ClassStatistics.load(args.statistics)
     result = synthesize(
@@ -314,6 +330,7 @@ def _synthesize(args) -> None:
         checkpoint_every=args.checkpoint_every,
         retries=args.retries,
         threads=args.threads,
+        more_teachers=_load_more_teachers(args),
     )
     if rank():
         return
@@ -350,6 +367,7 @@ def _add_verify(commands) -> None:
     )
     _add_teacher(parser, required=False)
     parser.add_argument("--statistics", type=Path, metavar="FILE", help="what `bnfuse record` wrote")
+    _add_more_teachers(parser)
     _add_kernels(parser)
 
 
@@ -361,14 +379,16 @@ def _verify(args) -> int:
         print("\n".join(problems) or f"{args.data}: every file is as it was written, and nothing is missing")
         return bool(problems)
     statistics = None if args.statistics is None else ClassStatistics.load(args.statistics)
+    teacher = _load_teacher(args)
     result = repair(
-        _load_teacher(args),
+        teacher,
         statistics,
         args.data,
         accept_changes=args.accept_changes,
         device=args.device,
         backend=args.backend,
         micro_batch=args.micro_batch,
+        more_teachers=_load_more_teachers(args),
     )
     for what, lines in (("found", result.found), ("made again", result.restored), ("replaced", result.replaced)):
         for line in lines:
@@ -478,6 +498,28 @@ def _add_teacher(parser, required: bool = True) -> None:
     parser.add_argument("--weights", metavar="FILE|NAME", help="its weights, see below")
     parser.add_argument("--num-classes", type=int, metavar="K", help="its outputs, where the weights do not tell")
     _add_image_flags(parser)
+
+
+def _add_more_teachers(parser) -> None:
+    parser.add_argument("--more-teachers", nargs="+", default=[], metavar="MODEL", help="further networks, see --teacher-plan")
+    parser.add_argument("--more-weights", nargs="+", default=[], metavar="FILE|NAME", help="their weights, in order")
+    parser.add_argument(
+        "--more-statistics", nargs="+", type=Path, default=[], metavar="FILE", help="their statistics, in order"
+    )
+
+
+def _load_more_teachers(args) -> list[tuple[Teacher, ClassStatistics | None]]:
+    count = len(args.more_teachers)
+    for flag, given in (("--more-weights", args.more_weights), ("--more-statistics", args.more_statistics)):
+        if len(given) not in (0, count):
+            raise InputError(f"{flag} goes with --more-teachers, one each: got {len(given)} for {count}")
+    pairs = []
+    for k, model in enumerate(args.more_teachers):
+        weights = args.more_weights[k] if args.more_weights else None
+        teacher = load_teacher(model, weights=weights, num_classes=args.num_classes, preprocessing=_preprocessing(args))
+        teacher.model.to(_device(args))
+        pairs.append((teacher, ClassStatistics.load(args.more_statistics[k]) if args.more_statistics else None))
+    return pairs
 
 
 def _add_image_flags(parser) -> None:

@@ -41,13 +41,18 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Config]) -> None:
             }
         else:
             options |= {"type": kind, "metavar": kind.__name__.upper()}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **options)
 
 
 def from_flags(config: type[Config], args: argparse.Namespace, **more) -> Config:
     """The config that the parsed flags say; `more` for the fields without a flag."""
+    return config(**given_flags(config, args) | more)
+
+
+def given_flags(config: type, args: argparse.Namespace) -> dict[str, object]:
+    """The fields whose flags stand on the command line, by name."""
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(config) if hasattr(args, field.name)}
-    return config(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()} | more)
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
 def _attribute_texts(config: type) -> dict[str, str]:

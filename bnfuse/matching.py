@@ -16,7 +16,7 @@ from .averaging import MovingAverage
 from .errors import InputError
 from .models import batchnorm_layers
 from .moments import Moments
-from .reference import DISTANCES, bn_distance
+from .reference import DISTANCES, EAGER_DISTANCES, bn_distance
 from .sites import PIXELS, stem
 from .statistics import ClassStatistics
 
@@ -73,8 +73,8 @@ class Matcher(nn.Module):
     ):
         super().__init__()
         backends.check_name(backend)
-        if distance not in DISTANCES:
-            raise InputError(f"unknown distance {distance!r}; choose one of {', '.join(DISTANCES)}")
+        if distance not in (known := (*DISTANCES, *EAGER_DISTANCES)):
+            raise InputError(f"unknown distance {distance!r}; choose one of {', '.join(known)}")
         if reduction not in ("sum", "mean"):
             raise InputError(f"reduction over sites must be 'sum' or 'mean', got {reduction!r}")
         drops = site_drop if isinstance(site_drop, Mapping) else dict.fromkeys(names, site_drop)

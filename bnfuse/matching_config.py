@@ -12,7 +12,7 @@ from torch import nn
 from .averaging import GRADIENTS, STARTS, MovingAverage
 from .errors import InputError
 from .matching import BLENDS
-from .reference import DISTANCES
+from .reference import DISTANCES, EAGER_DISTANCES
 from .sites import SiteRule, select
 
 TARGETS = ("class", "global", "running")
@@ -98,7 +98,7 @@ class MatchingConfig:
             "groups": GROUPS,
             "targets": TARGETS,
             "global_blend": BLENDS,
-            "distance": DISTANCES,
+            "distance": (*DISTANCES, *EAGER_DISTANCES),
             "site_reduction": REDUCTIONS,
             "moving_average_gradient": GRADIENTS,
             "moving_average_start": STARTS,

@@ -14,6 +14,7 @@ from torch.optim.adam import adam
 from .augment import Augmentation, View
 from .capture import CapturedObjective
 from .distributed import ALONE, Team
+from .ensemble import Ensemble
 from .errors import BnfuseError, InputError
 from .models import Teacher
 from .objective import Losses, Objective
@@ -54,7 +55,7 @@ class Checkpoint(Protocol):
 
 
 def optimise(
-    objective: Objective,
+    objective: Objective | Ensemble,
     groups: tuple[Tensor, Tensor],
     outputs: Tensor,
     seeds: Sequence[int],
@@ -96,36 +97,38 @@ def optimise(
     NonFiniteLoss : on all ranks of the team alike
     """
     group_starts, group_classes = groups
-    batch = VirtualBatch(group_starts, micro_batch, team, objective.teacher.running_means)
+    batch = VirtualBatch(group_starts, micro_batch, team, objective.running_means)
     seeds, outputs = seeds[batch.rows], outputs[batch.rows]
     device = group_starts.device
     home = torch.device("cpu") if offload else device
     low, high = _valid_range(teacher, device)
-    captured = None
+    valid_range = (low, high) if config.clip else None
+    captured: dict[int, CapturedObjective] = {}  # by the objective's id: a graph for every choice of teachers
     if cuda_graph:
         check_cuda_graph(device, batch.is_plain and not offload)
-        captured = CapturedObjective(objective, outputs, group_starts, group_classes)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "views", unit))
-    watch, images, step, terms = _Watch(unit, objective.matcher.names), None, 0, {}
+    watch, images, step, terms = _Watch(unit), None, 0, {}
     objective.begin()
     if state is not None:
         images, step = _restore(state, batch, home, generator, objective, config)
 
-    def losses_and_gradients(view: View) -> tuple[Losses, Iterable[tuple[slice, Tensor]]]:
+    def losses_and_gradients(active: Objective, view: View) -> tuple[Losses, Iterable[tuple[slice, Tensor]]]:
         """The loss of the whole batch; then, one micro-batch after the other, its rows and their gradient."""
 
         def look(part: MicroBatch) -> Seen:
             leaf = images.on(device, part.rows).requires_grad_()
-            return Seen(leaf, *objective.look(leaf, view[part.rows](leaf), outputs[part.rows], part.group_starts))
+            return Seen(leaf, *active.look(leaf, view[part.rows](leaf), outputs[part.rows], part.group_starts))
 
         if batch.is_plain:
             leaf = images.on(device).requires_grad_()
-            if captured is not None:
-                losses, gradient = captured(leaf, view(leaf))
+            if cuda_graph:
+                if id(active) not in captured:
+                    captured[id(active)] = CapturedObjective(active, outputs, group_starts, group_classes)
+                losses, gradient = captured[id(active)](leaf, view(leaf))
                 return losses, [(slice(None), gradient)]
-            losses = objective(leaf, view(leaf), outputs, group_starts, group_classes)
+            losses = active(leaf, view(leaf), outputs, group_starts, group_classes)
             return losses, [(slice(None), torch.autograd.grad(losses.total, leaf)[0])]
-        return batch.gradients(look, lambda means, moments: objective.combine(means, moments, group_classes))
+        return batch.gradients(look, lambda means, moments: active.combine(means, moments, group_classes, batch.count))
 
     end = 0
     for size, steps in stages(teacher.preprocessing.image_size, config):
@@ -136,15 +139,16 @@ def optimise(
             pixels = _start(seeds, teacher, size, config) if images is None else _resize(images.values, size)
             images = Images(pixels.to(home).clamp(low.to(home), high.to(home)))
         scale = size[0] / teacher.preprocessing.image_size[0]
-        augmentation = Augmentation(round(config.jitter * scale), config.flip, config.crop_scale)
+        augmentation = Augmentation(round(config.jitter * scale), config.flip, config.crop_scale, config.crop_curriculum)
         while step < end:
-            view = augmentation.draw(images.values, generator, batch.count)[batch.rows]
-            objective.draw(generator)
-            losses, gradients = losses_and_gradients(view)
+            view = augmentation.draw(images.values, generator, batch.count, (step - begin) / steps)[batch.rows]
+            active = objective.at(unit, step)
+            active.draw(generator)
+            losses, gradients = losses_and_gradients(active, view)
             for rows, gradient in gradients:
-                images.adam(rows, gradient, step - begin, learning_rate(config, step + 1), config.betas, (low, high))
+                images.adam(rows, gradient, step - begin, learning_rate(config, step + 1), config.betas, valid_range)
             step += 1
-            watch.add(step, losses)
+            watch.add(step, losses, active.site_names)
             if step % SHOW_EVERY == 0 or step == end:
                 terms = watch.check()
                 show(step, images.values, terms)
@@ -186,7 +190,7 @@ class Images:
         steps: int,
         lr: float,
         betas: tuple[float, float],
-        valid_range: tuple[Tensor, Tensor],
+        valid_range: tuple[Tensor, Tensor] | None,
     ) -> None:
         """One step of Adam (`torch.optim.Adam`'s own) on some images, on the gradient's device, after `steps` others."""
         held = [tensor[rows] for tensor in (self.values, self.exp_avg, self.exp_avg_sq)]
@@ -206,7 +210,8 @@ class Images:
             eps=1e-8,
             maximize=False,
         )
-        values.clamp_(*valid_range)
+        if valid_range is not None:
+            values.clamp_(*valid_range)
         for ours, theirs in zip(held, here):
             if ours is not theirs:  # they live on another device
                 ours.copy_(theirs)
@@ -226,7 +231,7 @@ def learning_rate(config: SynthesisConfig, step: int) -> float:
     """Of a unit's `step`, from 1: each stage has a schedule of its own."""
     low = config.low_resolution_iterations
     i, steps = (step - 1, low) if step <= low else (step - 1 - low, config.iterations)
-    return config.lr * _schedule(i, steps, config.warmup)
+    return config.lr * _schedule(i, steps, config.warmup, config.schedule)
 
 
 def _start(seeds: Sequence[int], teacher: Teacher, size: tuple[int, int], config: SynthesisConfig) -> Tensor:
@@ -240,10 +245,12 @@ def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images, size, mode="bilinear", align_corners=False)
 
 
-def _schedule(i: int, iterations: int, warmup: int) -> float:
-    """Linear warm-up, then half a cosine down to 0."""
+def _schedule(i: int, iterations: int, warmup: int, kind: str = "cosine") -> float:
+    """Linear warm-up, then half a cosine down to 0, or constant."""
     if i < warmup:
         return (i + 1) / (warmup + 1)
+    if kind == "constant":
+        return 1.0
     return 0.5 * (1 + math.cos(math.pi * (i - warmup) / max(1, iterations - warmup)))
 
 
@@ -308,27 +315,27 @@ def _restore(
 class _Watch:
     """Remembers the losses of the last steps, so that looking at them now and then is enough to say where it began."""
 
-    def __init__(self, unit: int, sites: Sequence[str]):
-        self.unit, self.sites = unit, sites
-        self.seen: list[tuple[int, dict[str, Tensor], Tensor]] = []  # step, terms, distances [G, S]
+    def __init__(self, unit: int):
+        self.unit = unit
+        self.seen: list[tuple[int, dict[str, Tensor], Tensor, Sequence[str]]] = []  # step, terms, distances [G, S], sites
 
-    def add(self, step: int, losses: Losses) -> None:
-        self.seen.append((step, {name: value.detach() for name, value in losses.terms.items()}, losses.distances))
+    def add(self, step: int, losses: Losses, sites: Sequence[str]) -> None:
+        self.seen.append((step, {name: value.detach() for name, value in losses.terms.items()}, losses.distances, sites))
 
     def check(self) -> dict[str, float]:
         """The terms of the last step; NonFiniteLoss if any step's total, since the last check, was not finite."""
-        totals = torch.stack([terms["total"] for _, terms, _ in self.seen]).tolist()
+        totals = torch.stack([terms["total"] for _, terms, _, _ in self.seen]).tolist()
         broken = [seen for total, seen in zip(totals, self.seen) if not math.isfinite(total)]
         if broken:
             raise self._error(*broken[0])
         del self.seen[:-1]
         return {name: value.item() for name, value in self.seen[0][1].items()}
 
-    def _error(self, step: int, terms: dict[str, Tensor], distances: Tensor) -> NonFiniteLoss:
+    def _error(self, step: int, terms: dict[str, Tensor], distances: Tensor, names: Sequence[str]) -> NonFiniteLoss:
         values = {name: value.item() for name, value in terms.items()}
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         sites = (~distances.isfinite()).any(0).nonzero().flatten().tolist()
-        where = self.sites[sites[0]] if sites else bad[0]
+        where = names[sites[0]] if sites else bad[0]
         began = f"it began at site {where!r}, whose statistics or distance are not; " if sites else ""
         return NonFiniteLoss(
             f"unit {self.unit}, step {step}: the loss is not finite ({', '.join(f'{n} = {values[n]}' for n in bad)}); {began}"

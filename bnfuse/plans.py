@@ -9,13 +9,16 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
+from . import priors
 from .augment import Augmentation
+from .ensemble import TEACHER_PLANS, Committee
 from .errors import InputError
 from .matching_config import MatchingConfig
 from .objective import PRECISIONS
 from .sites import SiteRule
 
 CLASS_PLANS = ("grouped", "balanced")
+SCHEDULES = ("cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -36,19 +39,31 @@ class SynthesisConfig(MatchingConfig):
     low_resolution_iterations : steps at half the size before, from which the full size starts
     lr : Adam's learning rate at its peak, in units of the normalised image
     betas : Adam's betas
-    warmup : steps over which the learning rate rises; then it falls to 0 by a cosine
+    warmup : steps over which the learning rate rises
+    schedule : then it falls to 0 by a cosine, or is constant
+    clip : after each step images are cut to what pixels may be, as the stored ones are
     bn_weight : weight of the BN-statistic loss; negative drives the statistics away
+    round_moments : moments are rounded to float16 before they are matched, as in a hook under autocast (FADRM)
     ce_weight : weight of the cross-entropy
     tv_weight : weight of total variation
     l2_weight : weight of the mean squared pixel
+    prior_kind : what those two are: mean_squares; norms, as DeepInversion has them; or absolute differences, see `priors`
     jitter : largest random shift, in pixels at full size
     flip : random left-right flips
     crop_scale : least share of the area in random resized crops; 1 for none
+    crop_curriculum : share of a stage's steps over which the least crop falls from 1 to crop_scale (CDA); 0, it is constant
     noise_scale : standard deviation of the starting noise, normalised
     precision : of activations and their gradients in the teacher: float32, or bfloat16 (autocast), which is faster on hardware
         that has it; moments, losses and images are float32 in both
+    teacher_plan : of several teachers: all at every step (together), one a step (in_turn), or teachers_drawn for each batch
+        (drawn)
+    teachers_drawn : how many teachers are drawn
+    teacher_weights : factor of each teacher's losses (default: those of a step have the same, whose sum is 1)
+    teacher_priors : instead, what each teacher is worth in percent; weights are softmax(priors / teacher_temperature)
+    teacher_temperature : the larger, the more alike the weights
     soft_labels : also store the teacher's logits of each image
     seed : seed of everything random
+    preset : another project's settings, by name, from which these began, see --list-presets
 
     Raises
     ------
@@ -65,21 +80,40 @@ class SynthesisConfig(MatchingConfig):
     lr: float = 0.1
     betas: tuple[float, float] = (0.5, 0.9)
     warmup: int = 0
+    schedule: str = "cosine"
+    clip: bool = True
     bn_weight: float = 1.0
+    round_moments: bool = False
     ce_weight: float = 1.0
     tv_weight: float = 0.0
     l2_weight: float = 0.0
+    prior_kind: str = "mean_squares"
     jitter: int = 0
     flip: bool = False
     crop_scale: float = 1.0
+    crop_curriculum: float = 0.0
     noise_scale: float = 1.0
     precision: str = "float32"
+    teacher_plan: str = "together"
+    teachers_drawn: int = 2
+    teacher_weights: tuple[float, ...] | None = None
+    teacher_priors: tuple[float, ...] | None = None
+    teacher_temperature: float = 5.0
     soft_labels: bool = False
     seed: int = 0
+    preset: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        positive = ("images_per_class", "batch_size", "classes_per_batch", "iterations", "lr")
+        positive = (
+            "images_per_class",
+            "batch_size",
+            "classes_per_batch",
+            "iterations",
+            "lr",
+            "teachers_drawn",
+            "teacher_temperature",
+        )
         not_negative = (
             "low_resolution_iterations",
             "warmup",
@@ -94,7 +128,13 @@ class SynthesisConfig(MatchingConfig):
                 raise InputError(f"{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")
         if not math.isfinite(self.bn_weight):
             raise InputError(f"bn_weight must be finite, got {self.bn_weight}")
-        allowed_values = {"precision": PRECISIONS, "class_plan": CLASS_PLANS}
+        allowed_values = {
+            "precision": PRECISIONS,
+            "class_plan": CLASS_PLANS,
+            "schedule": SCHEDULES,
+            "prior_kind": priors.KINDS,
+            "teacher_plan": TEACHER_PLANS,
+        }
         for name, allowed in allowed_values.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -109,7 +149,7 @@ class SynthesisConfig(MatchingConfig):
                 "smaller images have fewer spatial cells, which targets of full size do not fit: leave out "
                 f"low_resolution_iterations={self.low_resolution_iterations}, or the sites in cells ({', '.join(self.sites)})"
             )
-        Augmentation(self.jitter, self.flip, self.crop_scale)  # checks its own
+        Augmentation(self.jitter, self.flip, self.crop_scale, self.crop_curriculum)  # checks its own
 
     @classmethod
     def from_card(cls, card: dict) -> SynthesisConfig:
@@ -123,6 +163,18 @@ class SynthesisConfig(MatchingConfig):
     def to_card(self) -> dict:
         """The fields, in JSON's types."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+    @property
+    def committee(self) -> Committee:
+        """What several teachers are to each other."""
+        return Committee(
+            self.teacher_plan,
+            self.teachers_drawn,
+            self.teacher_weights,
+            self.teacher_priors,
+            self.teacher_temperature,
+            self.seed,
+        )
 
     @property
     def total_iterations(self) -> int:

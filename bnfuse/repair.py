@@ -63,6 +63,7 @@ def repair(
     backend: str = "auto",
     micro_batch: int | None = None,
     progress: bool = True,
+    more_teachers: Sequence[tuple[Teacher, ClassStatistics | None]] = (),
 ) -> RepairResult:
     """Makes again what is damaged: images, soft labels, lines of the manifest.
 
@@ -70,7 +71,7 @@ def repair(
 
     Parameters
     ----------
-    teacher, statistics : those that the dataset was made from
+    teacher, statistics, more_teachers : those that the dataset was made from
     out : the dataset, finished or not
     accept_changes : take a file that comes out different, and note its hash; False leaves the damaged one as it is
     device, backend, micro_batch : as in `synthesize`; default the backend that the dataset was made with. Another micro_batch
@@ -85,8 +86,11 @@ def repair(
     card = read_card(root)
     config = SynthesisConfig.from_card(card)
     device = choose_device(device)
-    maker = UnitMaker(teacher, statistics, config, device, card["backend"] if backend == "auto" else backend, micro_batch)
-    given = {**card, **maker.source.card(config, maker.backend, card.get("threads"))}
+    backend = card["backend"] if backend == "auto" else backend
+    maker = UnitMaker(teacher, statistics, config, device, backend, micro_batch, more_teachers=more_teachers)
+    given = {**card, **maker.card(card.get("threads"))}
+    if not more_teachers:
+        given.pop("more_teachers", None)
     given["backend"] = card["backend"]
     given.pop("complete")
     refuse_other_identity(root, given, card, "Repair it with those that it was made from.")

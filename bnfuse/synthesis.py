@@ -8,7 +8,7 @@ work.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -59,6 +59,7 @@ def synthesize(
     checkpoint_every: int = 0,
     retries: int = 2,
     threads: int | None = None,
+    more_teachers: Sequence[tuple[Teacher, ClassStatistics | None]] = (),
 ) -> SynthesisResult:
     """Makes a synthetic dataset from noise and stores it, one unit after the other.
 
@@ -86,6 +87,8 @@ def synthesize(
     retries : how often a unit whose loss is not finite is made again, each time from other seeds
     threads : with which the CPU computes, on each rank; they decide how sums are rounded, so a dataset is continued with the
         number that it was begun with (default that, or torch's number)
+    more_teachers : others that look at the images as ``config.teacher_plan`` says, each with its statistics. They take the same
+        images, know the same classes, and all have their memory at once where they look together
 
     Raises
     ------
@@ -96,7 +99,7 @@ def synthesize(
     out = Path(out).expanduser()
     ranks = Ranks.start(ranks_per_batch)
     device = choose_device(device)
-    maker = UnitMaker(teacher, statistics, config, device, backend, micro_batch, offload, cuda_graph)
+    maker = UnitMaker(teacher, statistics, config, device, backend, micro_batch, offload, cuda_graph, more_teachers)
     names = maker.source.names
     counts = [config.images_per_class] * len(names)
     started, losses = time.monotonic(), {}
@@ -105,7 +108,7 @@ def synthesize(
 
     def begin() -> dict:
         nonlocal store
-        card = maker.source.card(config, maker.backend, _threads(threads, device, out))
+        card = maker.card(_threads(threads, device, out))
         store = Store.open(out, card=card, class_names=names, counts=counts)
         return {"threads": card["threads"], "done": sorted(store.done)}
 

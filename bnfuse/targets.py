@@ -13,6 +13,17 @@ from .statistics import ClassStatistics
 TARGET_BYTES = 2**30  # of targets on the device; those of 1,000 classes of a ResNet-50 are 212 MB
 
 
+def budget_of_each(wanted: Sequence[int]) -> int:
+    """Bytes of the device for the targets of each of several teachers, who want so many: all that there are where everything
+    fits, else 0, so that all bring them class by class, and every teacher's rows are the same."""
+    return TARGET_BYTES if len(wanted) == 1 or sum(wanted) <= TARGET_BYTES else 0
+
+
+def row_bytes(statistics: ClassStatistics, sites: Sequence[str] | None = None) -> int:
+    """Of a class's targets at these sites: mean and variance, float32."""
+    return 2 * 4 * sum(statistics.site_channels[name] for name in sites or statistics.sites)
+
+
 class Targets:
     """A `Matcher` and, for each batch, the rows of its table.
 
@@ -50,8 +61,7 @@ class Targets:
         budget : bytes of targets that the device may hold; one batch's are held in any case
         options : of `Matcher.from_statistics`
         """
-        row_bytes = 2 * 4 * sum(statistics.site_channels[name] for name in options.get("sites") or statistics.sites)
-        if row_bytes * len(classes) <= budget:
+        if row_bytes(statistics, options.get("sites")) * len(classes) <= budget:
             matcher = Matcher.from_statistics(statistics, classes=classes, **options).to(device)
             return cls(matcher, {k: row for row, k in enumerate(classes)})
         matcher = Matcher.from_statistics(statistics, classes=classes[:at_once], **options).to(device)

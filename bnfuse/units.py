@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from . import backends
 from .datasets import load_dataset
 from .distributed import ALONE, Team
+from .ensemble import Ensemble
 from .errors import BnfuseError, InputError, UnitWarning
 from .fusion import fuse
 from .matching import Matcher
@@ -25,7 +26,7 @@ from .sites import select
 from .snapshots import UnitCheckpoint
 from .statistics import ClassStatistics
 from .store import ImageRecord
-from .targets import Targets
+from .targets import TARGET_BYTES, Targets, budget_of_each, row_bytes
 from .virtual import check_micro_batch
 
 
@@ -34,11 +35,11 @@ class UnitMaker:
 
     Parameters
     ----------
-    teacher, statistics, config, device, backend, micro_batch, offload, cuda_graph : as in `synthesize`
+    teacher, statistics, config, device, backend, micro_batch, offload, cuda_graph, more_teachers : as in `synthesize`
 
     Attributes
     ----------
-    source : teacher, statistics and classes
+    source : teacher, statistics and classes; more_sources : those of the further teachers
     units : all of them, in their order
     backend : the kernels that run, by name
     """
@@ -53,6 +54,7 @@ class UnitMaker:
         micro_batch: int | None = None,
         offload: bool = False,
         cuda_graph: bool = False,
+        more_teachers: Sequence[tuple[Teacher, ClassStatistics | None]] = (),
     ):
         check_micro_batch(micro_batch)
         if cuda_graph:
@@ -62,16 +64,41 @@ class UnitMaker:
         self.source = Source.of(teacher, statistics, config)
         self.units = plan(config, range(len(self.source.names)))
         self.backend = backends.resolve(backend, device.type)
-        self.targets = self.source.targets(config, max(len(set(unit.classes)) for unit in self.units), device)
-        self.objective = Objective(
-            fuse(teacher.model.to(device), sites=config.sites, backend=backend),
-            self.targets.matcher,
+        self.more_sources = [Source.of(*more, config) for more in more_teachers]
+        for number, other in enumerate(self.more_sources, start=2):
+            self.source.check_alike(other, number)
+        if not self.more_sources and (config.teacher_weights or config.teacher_priors):
+            raise InputError(
+                "teacher_weights and teacher_priors are for several teachers: give --more-teachers (more_teachers)"
+            )
+        sources = [self.source, *self.more_sources]
+        config.committee.check(len(sources))
+        at_once = max(len(set(unit.classes)) for unit in self.units)
+        budget = budget_of_each([source.target_bytes(config) for source in sources])
+        self.targets = [source.targets(config, at_once, device, budget) for source in sources]
+        members = [self._objective(*pair, backend) for pair in zip(sources, self.targets)]
+        self.objective = Ensemble(members, config.committee) if self.more_sources else members[0]
+
+    def _objective(self, source: Source, targets: Targets, backend: str) -> Objective:
+        config = self.config
+        return Objective(
+            fuse(source.teacher.model.to(self.device), sites=config.sites, backend=backend),
+            targets.matcher,
             config.ce_weight,
             config.bn_weight,
             config.tv_weight,
             config.l2_weight,
             config.precision,
+            config.prior_kind,
+            config.round_moments,
         )
+
+    def card(self, threads: int | None) -> dict:
+        """What it takes to make the dataset again."""
+        card = self.source.card(self.config, self.backend, threads)
+        if self.more_sources:
+            card["more_teachers"] = [source.of_whom() for source in self.more_sources]
+        return card
 
     def seeds(self, unit: Unit, attempt: int = 0) -> list[int]:
         """One an image; those of the first attempt, and others for every further one."""
@@ -105,7 +132,7 @@ class UnitMaker:
         Interrupted : from the checkpoint
         """
         rows = [self.source.rows[k] for k in unit.classes]
-        groups = self.targets.groups(rows, self.config.grouping)
+        groups = [targets.groups(rows, self.config.grouping) for targets in self.targets][0]  # the same for all teachers
         outputs = self.source.outputs(torch.tensor(rows, device=self.device))
         state = checkpoint.load() if checkpoint else None
         attempt = checkpoint.attempt if state else attempt
@@ -217,13 +244,29 @@ class Source:
             raise InputError(f"classes must be different numbers from 0 to {len(names) - 1}, got {rows}")
         return cls(teacher, statistics, [names[row] for row in rows], rows)
 
-    def targets(self, config: SynthesisConfig, at_once: int, device: torch.device) -> Targets:
-        """On the device; `at_once` is the most classes that a unit has."""
+    def check_alike(self, other: Source, number: int) -> None:
+        """InputError where the same images cannot go through another teacher too, or its classes or outputs are others."""
+        for what, mine, its in (
+            ("preprocessing", self.teacher.preprocessing, other.teacher.preprocessing),
+            ("number of classes", self.teacher.num_classes, other.teacher.num_classes),
+            ("classes", self.names, other.names),
+            ("outputs", *(source.outputs(torch.tensor(source.rows)).tolist() for source in (self, other))),
+        ):
+            if mine != its:
+                raise InputError(f"teacher {number} does not go with the first: its {what} are {its}, expected {mine}")
+
+    def target_bytes(self, config: SynthesisConfig) -> int:
+        """What the targets of all classes take on the device."""
+        return row_bytes(self.statistics, self._sites(config)) * len(self.rows) if config.targets == "class" else 0
+
+    def targets(self, config: SynthesisConfig, at_once: int, device: torch.device, budget: int = TARGET_BYTES) -> Targets:
+        """On the device, in so many bytes of it; `at_once` is the most classes that a unit has."""
         names = self._sites(config)
         options = {"sites": names, **config.matcher_options(self.teacher.model, names)}
         if config.targets == "class":
             options |= {"global_share": config.global_share, "global_blend": config.global_blend}
-            targets = Targets.class_wise(self.statistics, self.rows, at_once=at_once, device=device, **options)
+            options |= {"at_once": at_once, "device": device, "budget": budget}
+            targets = Targets.class_wise(self.statistics, self.rows, **options)
         elif config.targets == "global":
             targets = Targets.pooled(Matcher.from_statistics(self.statistics, per_class=False, **options))
         else:
@@ -258,11 +301,17 @@ class Source:
 
     def card(self, config: SynthesisConfig, backend: str, threads: int | None) -> dict:
         """What it takes to make the dataset again."""
-        statistics = self.statistics
         return {
             "config": config.to_card(),
             "backend": backend,
             "threads": threads,
+            **self.of_whom(),
+        }
+
+    def of_whom(self) -> dict:
+        """The part of the card that is about this teacher and its statistics."""
+        statistics = self.statistics
+        return {
             "teacher": {
                 "architecture": self.teacher.architecture,
                 "fingerprint": self.teacher.fingerprint,

@@ -7,6 +7,7 @@ from networks import Chains, settle
 from bnfuse import Matcher, SynthesisConfig, fuse, group_by_class
 from bnfuse.averaging import MovingAverage
 from bnfuse.distributed import ALONE
+from bnfuse.ensemble import Committee, Ensemble
 from bnfuse.models import Teacher, batchnorm_layers, freeze
 from bnfuse.networks import CifarResNet
 from bnfuse.objective import Objective
@@ -158,9 +159,9 @@ LABELS = torch.tensor([1, 1, 1, 0, 0, 0, 0])
 SEEDS = list(range(100, 107))
 
 
-def teacher(channels: int = 1) -> Teacher:
-    torch.manual_seed(0)
-    model = CifarResNet(8, 10, channels, width=8)
+def teacher(channels: int = 1, seed: int = 0, width: int = 8) -> Teacher:
+    torch.manual_seed(seed)
+    model = CifarResNet(8, 10, channels, width=width)
     with torch.no_grad():
         for _ in range(30):
             model(torch.randn(32, channels, 8, 8))
@@ -173,6 +174,16 @@ def objective(teacher: Teacher, **options) -> Objective:
     off = torch.tensor([[0.9], [1.2]])
     match = Matcher(running.names, running.channels, running.target_mean + off - 1, running.target_var * off)
     return Objective(fuse(teacher.model), match, **options)
+
+
+def ensemble(teacher: Teacher, plan: str = "in_turn", **options) -> Ensemble:
+    """That teacher, and one of other width."""
+    members = [objective(teacher, **options), objective(other_teacher(teacher.preprocessing.channels), **options)]
+    return Ensemble(members, Committee(plan, drawn=1))
+
+
+def other_teacher(channels: int) -> Teacher:
+    return teacher(channels, seed=1, width=6)
 
 
 class Keep:
