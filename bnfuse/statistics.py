@@ -13,6 +13,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -247,7 +248,7 @@ class ClassStatistics:
         sha = hashlib.sha256(self.teacher.encode())
         if self.variance != "pooled":
             sha.update(self.variance.encode())
-        for name, site in [*self.sites.items(), *self.whole.items()]:
+        for name, site in chain(self.sites.items(), self.whole.items()):  # a site of a file at a time
             sha.update(name.encode())
             for tensor in (site.count, site.mean, site.m2):
                 sha.update(tensor.contiguous().numpy())
