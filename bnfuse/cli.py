@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 import textwrap
 import warnings
@@ -44,9 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a subcommand.
 
     Returns the exit status: 0, 1 where `verify` found something wrong, 2 for an error the user can mend, 130 when interrupted,
-    143 when terminated.
+    141 when whoever read the output has gone, 143 when terminated.
     """
-    args = _parser().parse_args(argv)
     number = rank()
     name = f"bnfuse: rank {number}:" if number else "bnfuse:"
 
@@ -59,7 +60,13 @@ def main(argv: list[str] | None = None) -> int:
 
     warnings.showwarning = note
     try:
-        return args.run(args) or 0
+        args = _parser().parse_args(argv)
+        status = args.run(args) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain again when it ends
+        return 128 + signal.SIGPIPE
     except OtherRankFailed as error:
         say(str(error))
         return 2

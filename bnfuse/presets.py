@@ -325,7 +325,10 @@ def _flag(key: str, value: object) -> str:
 
 def listing() -> str:
     """All presets for a terminal: source, settings, and what is left out."""
-    blocks = (f"{name}: {each.source}\n    {settings(name)}\n    without {each.left_out}" for name, each in PRESETS.items())
+    blocks = (
+        f"{name}: {each.source}\n    {settings(name)}\n    left out, or otherwise: {each.left_out}"
+        for name, each in PRESETS.items()
+    )
     return "\n".join(blocks)
 
 
