@@ -125,14 +125,17 @@ def optimise(
             return losses, [(slice(None), torch.autograd.grad(losses.total, leaf)[0])]
         return batch.gradients(look, lambda means, moments: objective.combine(means, moments, group_classes))
 
+    def beginning(size: tuple[int, int]) -> Tensor:
+        """What a stage starts from: noise, or the images of the stage before. No name holds it, for then it would be kept."""
+        return (_start(seeds, teacher, size, config) if images is None else _resize(images.values, size)).to(home)
+
     end = 0
     for size, steps in stages(teacher.preprocessing.image_size, config):
         begin, end = end, end + steps
         if step >= end:  # the state is of a later stage
             continue
         if step == begin:
-            pixels = _start(seeds, teacher, size, config) if images is None else _resize(images.values, size)
-            images = Images(pixels.to(home).clamp(low.to(home), high.to(home)))
+            images = Images(beginning(size).clamp_(low.to(home), high.to(home)))
         scale = size[0] / teacher.preprocessing.image_size[0]
         augmentation = Augmentation(round(config.jitter * scale), config.flip, config.crop_scale)
         while step < end:
@@ -226,10 +229,15 @@ def learning_rate(config: SynthesisConfig, step: int) -> float:
 
 
 def _start(seeds: Sequence[int], teacher: Teacher, size: tuple[int, int], config: SynthesisConfig) -> Tensor:
-    """Each image's own noise: [N, C, *size], normalised units."""
-    shape = (teacher.preprocessing.channels, *size)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return config.noise_scale * torch.stack(noise)
+    """Each image's own noise: [N, C, *size], normalised units, channels_last.
+
+    It is drawn in place: a tensor an image would leave as many holes in the C library's heap, over which the small tensors of
+    the steps would spread.
+    """
+    noise = torch.empty(len(seeds), teacher.preprocessing.channels, *size)
+    for row, seed in enumerate(seeds):
+        noise[row].normal_(generator=torch.Generator().manual_seed(seed))
+    return noise.mul_(config.noise_scale).contiguous(memory_format=torch.channels_last)
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:

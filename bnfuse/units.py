@@ -27,6 +27,8 @@ from .store import ImageRecord
 from .targets import Targets
 from .virtual import check_micro_batch
 
+_CONVERTED_AT_ONCE = 256  # images
+
 
 class UnitMaker:
     """All that it takes to make the images of a unit, the same ones at every call.
@@ -177,9 +179,9 @@ def recognised(
 
 
 def to_pixels(images: Tensor, teacher: Teacher) -> Tensor:
-    """Normalised [N, C, H, W] → uint8, rounded."""
-    pixels = teacher.preprocessing.denormalize(images.detach().float())
-    return (pixels.clamp(0, 1) * 255).round().to("cpu", torch.uint8).contiguous()
+    """Normalised [N, C, H, W] → uint8, rounded; some images at a time, for a batch may fill the memory."""
+    parts = (teacher.preprocessing.denormalize(part.float()) for part in images.detach().split(_CONVERTED_AT_ONCE))
+    return torch.cat([(part.clamp(0, 1) * 255).round().to("cpu", torch.uint8) for part in parts]).contiguous()
 
 
 @dataclass(frozen=True)
