@@ -358,8 +358,8 @@ def _verify(args) -> int:
             print(f"{what}: {line}")
     if result.differing:
         print(
-            f"{len(result.differing)} files would not be what they were ({some(result.differing)}): another processor, or"
-            " other versions, round otherwise. Nothing was done to them; --accept-changes takes them as they come out now"
+            f"{len(result.differing)} files would not be what they were ({some(result.differing)}): {result.why}. Nothing was "
+            "done to them; --accept-changes takes them as they come out now"
         )
     print("\n".join(["what is left:", *result.problems]) if result.problems else "now everything is as it should be")
     return bool(result.problems)

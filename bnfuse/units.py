@@ -239,13 +239,23 @@ class Source:
             return rows
         return torch.tensor(self.statistics.outputs, device=rows.device)[rows]
 
-    def card(self, config: SynthesisConfig, backend: str, threads: int | None) -> dict:
-        """What it takes to make the dataset again."""
+    def card(
+        self,
+        config: SynthesisConfig,
+        backend: str,
+        threads: int | None,
+        micro_batch: int | None = None,
+        ranks_per_batch: int = 1,
+    ) -> dict:
+        """What it takes to make the dataset again, to the byte: threads, micro_batch and ranks_per_batch decide how sums are
+        rounded."""
         statistics = self.statistics
         return {
             "config": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()},
             "backend": backend,
             "threads": threads,
+            "micro_batch": None if micro_batch is None or micro_batch >= config.batch_size else micro_batch,
+            "ranks_per_batch": ranks_per_batch,
             "teacher": {
                 "architecture": self.teacher.architecture,
                 "fingerprint": self.teacher.fingerprint,
@@ -256,3 +266,8 @@ class Source:
             if statistics is None
             else {"sha256": statistics.digest(), "dataset": statistics.dataset, "images": statistics.images.tolist()},
         }
+
+
+def as_begun(card: dict, before: dict) -> dict:
+    """A card to hold against that of a dataset begun `before`: what older versions did not note cannot be held against it."""
+    return {name: value for name, value in card.items() if name in before or name not in ("micro_batch", "ranks_per_batch")}
