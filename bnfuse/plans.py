@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .augment import Augmentation
+from .configs import check_whole
 from .errors import InputError
 from .objective import PRECISIONS
 from .reference import DISTANCES
@@ -84,21 +85,12 @@ class SynthesisConfig:
     seed: int = 0
 
     def __post_init__(self):
-        positive = ("images_per_class", "batch_size", "classes_per_batch", "iterations", "lr")
-        not_negative = (
-            "low_resolution_iterations",
-            "warmup",
-            "bn_weight",
-            "first_site_weight",
-            "ce_weight",
-            "tv_weight",
-            "l2_weight",
-            "noise_scale",
-        )
-        for name in positive + not_negative:
+        check_whole(self, dict.fromkeys(("images_per_class", "batch_size", "classes_per_batch", "iterations"), 1))
+        check_whole(self, dict.fromkeys(("low_resolution_iterations", "warmup", "jitter", "seed"), 0))
+        for name in ("lr", "bn_weight", "first_site_weight", "ce_weight", "tv_weight", "l2_weight", "noise_scale"):
             value = getattr(self, name)
-            if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
-                raise InputError(f"{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")
+            if not math.isfinite(value) or value < 0 or (value == 0 and name == "lr"):
+                raise InputError(f"{name} must be {'positive' if name == 'lr' else 'at least 0'}, got {value}")
         allowed_values = {"targets": TARGETS, "distance": DISTANCES, "precision": PRECISIONS, "class_plan": CLASS_PLANS}
         for name, allowed in allowed_values.items():
             if getattr(self, name) not in allowed:

@@ -232,7 +232,14 @@ def test_diverging_loss_stops_with_its_terms(teacher, statistics, tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"images_per_class": 0}, "images_per_class must be positive, got 0"),
+        ({"images_per_class": 0}, "images_per_class must be an integer of at least 1, got 0"),
+        ({"images_per_class": 2.5}, "images_per_class must be an integer of at least 1, got 2.5"),
+        ({"batch_size": "100"}, "batch_size must be an integer of at least 1, got '100'"),
+        ({"classes_per_batch": True}, "classes_per_batch must be an integer of at least 1, got True"),
+        ({"iterations": 1e3}, "iterations must be an integer of at least 1, got 1000.0"),
+        ({"low_resolution_iterations": 0.5}, "low_resolution_iterations must be an integer of at least 0, got 0.5"),
+        ({"warmup": float("nan")}, "warmup must be an integer of at least 0, got nan"),
+        ({"seed": 1.0}, "seed must be an integer of at least 0, got 1.0"),
         ({"lr": float("nan")}, "lr must be positive"),
         ({"tv_weight": -1.0}, "tv_weight must be at least 0"),
         ({"targets": "mean"}, "targets must be one of class, global, running"),
@@ -241,7 +248,7 @@ def test_diverging_loss_stops_with_its_terms(teacher, statistics, tmp_path):
         ({"class_plan": "random"}, "class_plan must be one of grouped, balanced"),
         ({"class_plan": "balanced", "classes_per_batch": 2}, "a balanced batch has every class"),
         ({"crop_scale": 0.0}, "crop_scale in"),
-        ({"jitter": -1}, "jitter must be"),
+        ({"jitter": -1}, "jitter must be an integer of at least 0, got -1"),
     ],
 )
 def test_config_errors(fields, message):
