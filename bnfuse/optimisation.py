@@ -83,7 +83,8 @@ def optimise(
     offload : images and Adam's state stay in the CPU's memory, and on the device is one micro-batch of them at a time
     cuda_graph : the network's part of a step is captured and replayed, see `capture`; for a batch in one piece on a GPU
     team : the ranks that share the batch; each is given all of it here
-    state : what a checkpoint was given. With the same micro_batch and team the unit ends with the same bits as without a break
+    state : what a checkpoint was given; images and Adam's state are taken out of it, not to be held twice. With the same
+        micro_batch and team the unit ends with the same bits as without a break
     checkpoint : None, nothing is kept
 
     Returns
@@ -282,7 +283,7 @@ def _state(images: Images, step: int, batch: VirtualBatch, generator: torch.Gene
 def _restore(
     state: dict[str, Tensor], batch: VirtualBatch, home: torch.device, generator: torch.Generator, config: SynthesisConfig
 ) -> tuple[Images, int]:
-    """This rank's images and the step they are at; sets the generator."""
+    """This rank's images, taken out of the state, and the step they are at; sets the generator."""
     if missing := {*_TENSORS, "step", "generator"} - set(state):
         raise InputError(f"the state of a unit lacks {', '.join(sorted(missing))}; begin the unit again")
     step, count = int(state["step"]), len(state["values"])
@@ -293,7 +294,7 @@ def _restore(
         )
     generator.set_state(state["generator"])
     # Laid out as `Images` does it: strides that mean the same (of one channel) may choose another convolution, and other bits.
-    own = [state[name][batch.rows].to(home, copy=True).contiguous(memory_format=torch.channels_last) for name in _TENSORS]
+    own = [state.pop(name)[batch.rows].to(home, copy=True).contiguous(memory_format=torch.channels_last) for name in _TENSORS]
     return Images(*own), step
 
 

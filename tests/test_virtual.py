@@ -180,13 +180,12 @@ def test_a_unit_goes_on_from_its_state_to_the_same_bits(channels, micro_batch):
     images, losses = cases.make_unit(objective, teacher, micro_batch=micro_batch, checkpoint=keep)
     assert list(keep.states) == [1, 6, 7, 19]
     for step, state in keep.states.items():
-        state = load(save(state))
-        steps = []
+        state, steps = load(save(state)), []
         show = lambda step, *_, steps=steps: steps.append(step)
         again = cases.make_unit(objective, teacher, show=show, micro_batch=micro_batch, state=state)
         assert again[0].equal(images) and again[1] == losses
         assert steps == [s for s in (6, 10, 20) if s > step]
-        assert keep.states[step]["values"].equal(state["values"])  # it was read, not written
+        assert set(state) == {"step", "generator"}  # the images are not held twice
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident set is read from /proc")
