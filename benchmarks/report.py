@@ -36,6 +36,47 @@ STEP_TARGETS = [
 MEMORY_TARGETS = [("activations kept, over the eager hook's", ("kept_over_eager",), "≤", 0.5)]
 TARGETS = OPERATOR_TARGETS + STEP_TARGETS + MEMORY_TARGETS
 
+# The same for a GPU, of its results in bfloat16 and channels_last: (what it is, suite, its measure, sense, the target, unit)
+GPU_TARGETS = [
+    (
+        "ResNet-50's sites forward, of copy bandwidth",
+        "operators",
+        lambda r: _copy_share(r, "resnet50", "forward"),
+        "≥",
+        85.0,
+        "%",
+    ),
+    (
+        "ResNet-50's sites backward, of copy bandwidth",
+        "operators",
+        lambda r: _copy_share(r, "resnet50", "backward"),
+        "≥",
+        85.0,
+        "%",
+    ),
+    ("ResNet-50's sites, over the eager hook", "operators", lambda r: _site_mean(r, "resnet50", "hook"), "≥", 6.0, "×"),
+    (
+        "ResNet-50's sites, over torch.compile, the faster of two spellings",
+        "operators",
+        lambda r: _site_mean(r, "resnet50", "compiled_hook", "compiled_var_mean"),
+        "≥",
+        1.5,
+        "×",
+    ),
+    (
+        "ResNet-50 step, over the eager hook under autocast",
+        "steps",
+        lambda r: _step(r, "resnet50", "autocast_hook"),
+        "≥",
+        2.5,
+        "×",
+    ),
+    ("ResNet-50 step, over the compiled hook", "steps", lambda r: _step(r, "resnet50", "compiled_hook"), "≥", 1.3, "×"),
+    ("ResNet-50 step, time over the plain step", "steps", lambda r: 1 / _step(r, "resnet50", "plain"), "≤", 1.0, "×"),
+    ("ResNet-50 step, peak memory over the eager hook's", "memory", lambda r: _peak_share(r, "resnet50"), "≤", 0.5, "×"),
+    ("ImageNet at 50 a class, ResNet-18", "steps", lambda r: _hours(r, "resnet18"), "≤", 3.0, " h"),
+]
+
 
 # ---- tables: lists of rows of cells, printed as markdown ----
 
@@ -75,11 +116,8 @@ def operators_table(result: dict) -> str:
 
     def add(label: str, means: dict, network: str | None = None, direction: str = "both") -> None:
         weighed = _weighed(result["operators"], network, direction)
-        share = sum(n * case["seconds"]["floor"] for case, n in weighed) / sum(
-            n * case["seconds"]["bnfuse"] for case, n in weighed
-        )
         beside = [times(geometric_mean((case["ratios"][name], n) for case, n in weighed)) for name in others]
-        rows.append([label, *(cell(means, key) for key in columns.values()), f"{share:.0%}", *beside])
+        rows.append([label, *(cell(means, key) for key in columns.values()), f"{_share(weighed):.0%}", *beside])
 
     for name, means in summary["operators_by_network"].items():
         add(f"{NAMES.get(name, name)}, {means['sites']} sites", means, network=name)
@@ -94,6 +132,14 @@ def _weighed(cases: list[dict], network: str | None, direction: str) -> list[tup
     """The cases of a network, or of all, in one direction, and how often each counts."""
     counts = [(case, sum(n for name, n in case["networks"].items() if network in (None, name))) for case in cases]
     return [(case, count) for case, count in counts if count and case["direction"] == direction]
+
+
+def _share(weighed: list[tuple[dict, int]]) -> float:
+    """Of the copy bandwidth, weighted by bytes. KeyError where there is no case."""
+    if not weighed:
+        raise KeyError("no such site was measured")
+    floor, ours = (sum(n * case["seconds"][name] for case, n in weighed) for name in ("floor", "bnfuse"))
+    return floor / ours
 
 
 def sites_table(result: dict) -> str:
@@ -170,17 +216,66 @@ def memory_table(result: dict) -> str:
     return markdown(rows)
 
 
+_TARGETS_HEAD = ["target", "wanted", "measured", ""]
+
+
 def targets_table(summary: dict, targets: list) -> str:
     """Each target that the summary has a figure for, and whether it is met."""
-    rows = [["target", "wanted", "measured", ""]]
+    rows = [_TARGETS_HEAD]
     for what, path, sense, wanted in targets:
         measured = summary
         for key in path:
             measured = measured.get(key, {}) if isinstance(measured, dict) else {}
         if isinstance(measured, float):
-            met = measured >= wanted if sense == "≥" else measured <= wanted
-            rows.append([what, f"{sense} {wanted:g}×", times(measured), "met" if met else "missed"])
+            rows.append([what, f"{sense} {wanted:g}×", times(measured), _verdict(measured, sense, wanted)])
     return markdown(rows) if len(rows) > 1 else ""
+
+
+def _verdict(measured: float, sense: str, wanted: float) -> str:
+    return "met" if (measured >= wanted if sense == "≥" else measured <= wanted) else "missed"
+
+
+def gpu_targets_table(results: list[dict]) -> str:
+    """Each of the GPU's targets; what no result has a figure for is not measured, which is said too."""
+    rows = [_TARGETS_HEAD]
+    meant = [r for r in results if (r["settings"]["dtype"], r["settings"]["layout"]) == ("bfloat16", "channels_last")]
+    for what, suite, measure, sense, wanted, unit in GPU_TARGETS:
+        measured = [value for r in meant if suite in r and (value := _known(measure, r)) is not None]
+        cells = [f"{measured[0]:.2f}{unit}", _verdict(measured[0], sense, wanted)] if measured else ["", "not measured"]
+        rows.append([what, f"{sense} {wanted:g}{unit}", *cells])
+    return markdown(rows)
+
+
+def _known(measure, result: dict) -> float | None:
+    """None where the result lacks the network, or the rival was not run."""
+    try:
+        return measure(result)
+    except (KeyError, StopIteration):
+        return None
+
+
+def _copy_share(result: dict, network: str, direction: str) -> float:
+    """Percent of the copy bandwidth, weighted by bytes, over the network's sites."""
+    return 100 * _share(_weighed(result["operators"], network, direction))
+
+
+def _site_mean(result: dict, network: str, *rivals: str) -> float | None:
+    """Over the fastest of these rivals at each site, both directions together."""
+    weighed = _weighed(result["operators"], network, "both")
+    return geometric_mean((min(case["ratios"][rival] for rival in rivals), n) for case, n in weighed)
+
+
+def _step(result: dict, network: str, rival: str) -> float:
+    return next(case["ratios"][rival] for case in result["steps"] if case["network"] == network)
+
+
+def _peak_share(result: dict, network: str) -> float:
+    peaks = next(case["peak_bytes"] for case in result["memory"] if case["network"] == network)
+    return peaks["bnfuse"] / peaks["hook"]
+
+
+def _hours(result: dict, network: str) -> float:
+    return result["summary"]["steps_by_network"][network]["imagenet_hours"]["bnfuse"]
 
 
 TABLES = {"operators": operators_table, "steps": steps_table, "memory": memory_table}
@@ -211,6 +306,8 @@ def gpu_report(folder: Path) -> str:
             parts += [f"## {name}", f"{where}; `{result['command']}`", *filter(None, tables)]
     if not parts:
         raise SystemExit(f"no results of a GPU in {folder}; run `make gpu` first")
+    measured = [result for result in results.values() if result.get("settings", {}).get("device") == "cuda"]
+    parts += ["## What we aim at on a GPU, in bfloat16 and channels_last", gpu_targets_table(measured)]
     return "\n\n".join(parts) + "\n"
 
 

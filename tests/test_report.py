@@ -149,6 +149,32 @@ def test_tables_of_results_on_a_gpu(results, tmp_path, monkeypatch, capsys):
         assert line in left
 
 
+def test_targets_of_a_gpu_are_marked_and_what_was_not_measured_is_said(results):
+    on_gpu = {"device": "cuda", "dtype": "bfloat16", "layout": "channels_last"}
+    for suite, result in results.items():
+        text = json.dumps(result[suite]).replace("resnet18", "resnet50").replace("resnet20", "resnet18")
+        result[suite] = json.loads(text)
+        result["settings"] = on_gpu
+    results["operators"]["operators"][2]["networks"] = results["operators"]["operators"][3]["networks"] = {"resnet50": 3}
+    results["steps"]["steps"][0]["image_size"] = 224
+    results["steps"]["summary"] = summary.summarize_steps(results["steps"]["steps"])
+    table = report.gpu_targets_table(list(results.values()))
+    for line in (
+        "| ResNet-50's sites forward, of copy bandwidth | ≥ 85% | 25.00% | missed |",
+        "| ResNet-50's sites, over the eager hook | ≥ 6× | 128.00× | met |",
+        "| ResNet-50's sites, over torch.compile, the faster of two spellings | ≥ 1.5× | 1.00× | missed |",
+        "| ResNet-50 step, over the eager hook under autocast | ≥ 2.5× |  | not measured |",
+        "| ResNet-50 step, over the compiled hook | ≥ 1.3× | 2.00× | met |",
+        "| ResNet-50 step, time over the plain step | ≤ 1× | 1.25× | missed |",
+        "| ResNet-50 step, peak memory over the eager hook's | ≤ 0.5× |  | not measured |",
+        "| ImageNet at 50 a class, ResNet-18 | ≤ 3 h | 1736.11 h | missed |",
+    ):
+        assert line in table, table
+    for result in results.values():  # measured in another dtype: not what the targets are meant for
+        result["settings"] = on_gpu | {"dtype": "float32"}
+    assert report.gpu_targets_table(list(results.values())).count("not measured") == len(report.GPU_TARGETS)
+
+
 def test_the_readme_shows_the_numbers_and_what_was_missed(results):
     block = report.readme_block(results)
     for line in (
