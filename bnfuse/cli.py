@@ -25,7 +25,7 @@ from .errors import BnfuseError, InputError, Interrupted, UnitWarning
 from .estimate import readable_bytes
 from .estimators import VARIANCES, index_batches
 from .exporting import FORMATS, export
-from .labels import RELABEL, Labels, images_digest
+from .labels import LABELS, RELABEL, Labels, images_digest
 from .manifest import inspect, is_store, read_store, some
 from .models import SPEC_GRAMMAR, Teacher, load_teacher
 from .plans import SynthesisConfig
@@ -165,9 +165,14 @@ def _labels(args, which: str) -> Labels:
     """What `bnfuse relabel` wrote of --data, and of no other images."""
     if not is_store(args.data):
         raise InputError(f"--labels {which} needs a dataset that bnfuse made, --data {args.data} is none")
-    labels = Labels(Path(args.data) / RELABEL if which == "relabel" else which)
+    labels = _open_labels(Path(args.data), which)
     labels.check(images_digest(read_store(args.data).entries))
     return labels
+
+
+def _open_labels(dataset: Path, which: str) -> Labels:
+    """Those beside the dataset's images, or in another folder."""
+    return Labels(dataset / RELABEL if which == "relabel" else which)
 
 
 # ---- bnfuse record ----
@@ -402,8 +407,8 @@ def _verify(args) -> int:
             print(f"{what}: {line}")
     if result.differing:
         print(
-            f"{len(result.differing)} files would not be what they were ({some(result.differing)}): another processor, or"
-            " other versions, round otherwise. Nothing was done to them; --accept-changes takes them as they come out now"
+            f"{len(result.differing)} files would not be what they were ({some(result.differing)}): {result.why}. Nothing was "
+            "done to them; --accept-changes takes them as they come out now"
         )
     print("\n".join(["what is left:", *result.problems]) if result.problems else "now everything is as it should be")
     return bool(result.problems)
@@ -461,13 +466,29 @@ def _add_export(commands) -> None:
     parser.add_argument("dataset", type=Path, metavar="DIR", help="the dataset")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
+    parser.add_argument(
+        "--labels",
+        metavar="WHICH",
+        help="take along what `bnfuse relabel` wrote: relabel, from DIR; or the folder that it was given. Plain labels become "
+        "the logits of each image, views are copied beside the images (default: the dataset's own soft labels, if any)",
+    )
     parser.add_argument("--images-per-shard", type=int, default=2000, metavar="N", help="images a file (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the images in the shards (default 0)")
 
 
 def _export(args) -> None:
-    done = export(args.dataset, args.out, args.format, images_per_shard=args.images_per_shard, seed=args.seed, progress=True)
+    done = export(
+        args.dataset,
+        args.out,
+        args.format,
+        labels=None if args.labels is None else _open_labels(args.dataset, args.labels),
+        images_per_shard=args.images_per_shard,
+        seed=args.seed,
+        progress=True,
+    )
     print(f"{done.images} images in {done.files} files, {readable_bytes(done.bytes)}, read back and right: {done.out}")
+    if args.labels is None and (args.dataset / RELABEL / LABELS).exists():
+        print(f"the labels in {args.dataset / RELABEL} are not among them: --labels relabel takes them along")
 
 
 # ---- bnfuse demo, bnfuse doctor ----

@@ -84,7 +84,8 @@ def optimise(
     offload : images and Adam's state stay in the CPU's memory, and on the device is one micro-batch of them at a time
     cuda_graph : the network's part of a step is captured and replayed, see `capture`; for a batch in one piece on a GPU
     team : the ranks that share the batch; each is given all of it here
-    state : what a checkpoint was given. With the same micro_batch and team the unit ends with the same bits as without a break
+    state : what a checkpoint was given; images and Adam's state are taken out of it, not to be held twice. With the same
+        micro_batch and team the unit ends with the same bits as without a break
     checkpoint : None, nothing is kept
 
     Returns
@@ -130,14 +131,17 @@ def optimise(
             return losses, [(slice(None), torch.autograd.grad(losses.total, leaf)[0])]
         return batch.gradients(look, lambda means, moments: active.combine(means, moments, group_classes, batch.count))
 
+    def beginning(size: tuple[int, int]) -> Tensor:
+        """What a stage starts from: noise, or the images of the stage before. No name holds it, for then it would be kept."""
+        return (_start(seeds, teacher, size, config) if images is None else _resize(images.values, size)).to(home)
+
     end = 0
     for size, steps in stages(teacher.preprocessing.image_size, config):
         begin, end = end, end + steps
         if step >= end:  # the state is of a later stage
             continue
         if step == begin:
-            pixels = _start(seeds, teacher, size, config) if images is None else _resize(images.values, size)
-            images = Images(pixels.to(home).clamp(low.to(home), high.to(home)))
+            images = Images(beginning(size).clamp_(low.to(home), high.to(home)))
         scale = size[0] / teacher.preprocessing.image_size[0]
         augmentation = Augmentation(round(config.jitter * scale), config.flip, config.crop_scale, config.crop_curriculum)
         while step < end:
@@ -235,10 +239,15 @@ def learning_rate(config: SynthesisConfig, step: int) -> float:
 
 
 def _start(seeds: Sequence[int], teacher: Teacher, size: tuple[int, int], config: SynthesisConfig) -> Tensor:
-    """Each image's own noise: [N, C, *size], normalised units."""
-    shape = (teacher.preprocessing.channels, *size)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return config.noise_scale * torch.stack(noise)
+    """Each image's own noise: [N, C, *size], normalised units, channels_last.
+
+    It is drawn in place: a tensor an image would leave as many holes in the C library's heap, over which the small tensors of
+    the steps would spread.
+    """
+    noise = torch.empty(len(seeds), teacher.preprocessing.channels, *size)
+    for row, seed in enumerate(seeds):
+        noise[row].normal_(generator=torch.Generator().manual_seed(seed))
+    return noise.mul_(config.noise_scale).contiguous(memory_format=torch.channels_last)
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -293,7 +302,7 @@ def _restore(
     objective: Objective,
     config: SynthesisConfig,
 ) -> tuple[Images, int]:
-    """This rank's images and the step they are at; sets the generator and what the loss keeps."""
+    """This rank's images, taken out of the state, and the step they are at; sets the generator and what the loss keeps."""
     if missing := {*_TENSORS, "step", "generator", *objective.state()} - set(state):
         raise InputError(f"the state of a unit lacks {', '.join(sorted(missing))}; begin the unit again")
     step, count = int(state["step"]), len(state["values"])
@@ -305,7 +314,7 @@ def _restore(
     generator.set_state(state["generator"])
     objective.restore(state)
     # Laid out as `Images` does it: strides that mean the same (of one channel) may choose another convolution, and other bits.
-    own = [state[name][batch.rows].to(home, copy=True).contiguous(memory_format=torch.channels_last) for name in _TENSORS]
+    own = [state.pop(name)[batch.rows].to(home, copy=True).contiguous(memory_format=torch.channels_last) for name in _TENSORS]
     return Images(*own), step
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 from . import priors
 from .augment import Augmentation
+from .configs import check_whole
 from .ensemble import TEACHER_PLANS, Committee
 from .errors import InputError
 from .matching_config import MatchingConfig
@@ -105,24 +106,11 @@ class SynthesisConfig(MatchingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        positive = (
-            "images_per_class",
-            "batch_size",
-            "classes_per_batch",
-            "iterations",
-            "lr",
-            "teachers_drawn",
-            "teacher_temperature",
-        )
-        not_negative = (
-            "low_resolution_iterations",
-            "warmup",
-            "ce_weight",
-            "tv_weight",
-            "l2_weight",
-            "noise_scale",
-        )
-        for name in positive + not_negative:
+        whole = ("images_per_class", "batch_size", "classes_per_batch", "iterations", "teachers_drawn")
+        check_whole(self, dict.fromkeys(whole, 1))
+        check_whole(self, dict.fromkeys(("low_resolution_iterations", "warmup", "jitter", "seed"), 0))
+        positive = ("lr", "teacher_temperature")
+        for name in (*positive, "ce_weight", "tv_weight", "l2_weight", "noise_scale"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
                 raise InputError(f"{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")

@@ -29,6 +29,8 @@ from .store import ImageRecord
 from .targets import TARGET_BYTES, Targets, budget_of_each, row_bytes
 from .virtual import check_micro_batch
 
+_CONVERTED_AT_ONCE = 256  # images
+
 
 class UnitMaker:
     """All that it takes to make the images of a unit, the same ones at every call.
@@ -93,9 +95,9 @@ class UnitMaker:
             config.round_moments,
         )
 
-    def card(self, threads: int | None) -> dict:
+    def card(self, threads: int | None, ranks_per_batch: int = 1) -> dict:
         """What it takes to make the dataset again."""
-        card = self.source.card(self.config, self.backend, threads)
+        card = self.source.card(self.config, self.backend, threads, self.micro_batch, ranks_per_batch)
         if self.more_sources:
             card["more_teachers"] = [source.of_whom() for source in self.more_sources]
         return card
@@ -205,9 +207,9 @@ def recognised(
 
 
 def to_pixels(images: Tensor, teacher: Teacher) -> Tensor:
-    """Normalised [N, C, H, W] → uint8, rounded."""
-    pixels = teacher.preprocessing.denormalize(images.detach().float())
-    return (pixels.clamp(0, 1) * 255).round().to("cpu", torch.uint8).contiguous()
+    """Normalised [N, C, H, W] → uint8, rounded; some images at a time, for a batch may fill the memory."""
+    parts = (teacher.preprocessing.denormalize(part.float()) for part in images.detach().split(_CONVERTED_AT_ONCE))
+    return torch.cat([(part.clamp(0, 1) * 255).round().to("cpu", torch.uint8) for part in parts]).contiguous()
 
 
 @dataclass(frozen=True)
@@ -299,12 +301,22 @@ class Source:
             return rows
         return torch.tensor(self.statistics.outputs, device=rows.device)[rows]
 
-    def card(self, config: SynthesisConfig, backend: str, threads: int | None) -> dict:
-        """What it takes to make the dataset again."""
+    def card(
+        self,
+        config: SynthesisConfig,
+        backend: str,
+        threads: int | None,
+        micro_batch: int | None = None,
+        ranks_per_batch: int = 1,
+    ) -> dict:
+        """What it takes to make the dataset again, to the byte: threads, micro_batch and ranks_per_batch decide how sums are
+        rounded."""
         return {
             "config": config.to_card(),
             "backend": backend,
             "threads": threads,
+            "micro_batch": None if micro_batch is None or micro_batch >= config.batch_size else micro_batch,
+            "ranks_per_batch": ranks_per_batch,
             **self.of_whom(),
         }
 
@@ -327,3 +339,8 @@ class Source:
                 **({} if statistics.variance == "pooled" else {"variance": statistics.variance}),
             },
         }
+
+
+def as_begun(card: dict, before: dict) -> dict:
+    """A card to hold against that of a dataset begun `before`: what older versions did not note cannot be held against it."""
+    return {name: value for name, value in card.items() if name in before or name not in ("micro_batch", "ranks_per_batch")}

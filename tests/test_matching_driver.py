@@ -88,7 +88,7 @@ def test_a_unit_in_micro_batches_from_checkpoints_and_after_another(teacher, sta
     again, _ = make(checkpoint=keep)
     assert again.equal(images) and list(keep.states) == [1, 6, 13]
     for state in keep.states.values():
-        make(state=keep.states[1])  # leaves its own traces
+        make(state=dict(keep.states[1]))  # leaves its own traces
         resumed, theirs = make(state=load(save(state)))
         assert resumed.equal(images) and theirs == losses
     parts, parted = make(micro_batch=3)

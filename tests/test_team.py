@@ -84,7 +84,7 @@ def test_a_team_goes_on_from_its_state_to_the_same_bits(ranks, micro_batch):
             resumed, again = found[f"resumed, {micro_batch}"]
             assert resumed.equal(images) and again == losses
             assert all(state[name].equal(team[0][f"unit, {micro_batch}"][2][name]) for name in state)
-        alone, _ = cases.make_unit(objective, teacher, state=state)
+        alone, _ = cases.make_unit(objective, teacher, state=dict(state))
         assert (alone - images).abs().mean() < 1e-4
 
 
