@@ -1,0 +1,11 @@
+"""The audit of a synthetic dataset: what it gives away of the private images, measured, with controls.
+
+`audit` prepares a `Context` (context), hands it to every measure (measure; each is a module of its own) and collects their
+`Finding`s (findings) into audit.json and audit.html (report).
+"""
+
+from .context import ARMS, Context
+from .findings import Control, Figure, Finding, Picture, Row
+from .measure import MEASURES
+
+__all__ = ["ARMS", "MEASURES", "Context", "Control", "Figure", "Finding", "Picture", "Row"]
