@@ -57,8 +57,8 @@ $(VENV)/.dependencies: constraints.txt pyproject.toml
 	@command -v $${CXX:-c++} >/dev/null || { echo "bnfuse needs a C++17 compiler; on Debian: apt install g++"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(PIP) install -c constraints.txt setuptools wheel numpy pillow safetensors tqdm scikit-learn \
-		torchvision timm triton pytest hypothesis expecttest pytest-timeout pytest-benchmark matplotlib \
+	$(PIP) install -c constraints.txt setuptools wheel numpy pillow safetensors tqdm scikit-learn jinja2 \
+		torchmetrics scipy torchvision timm triton pytest hypothesis expecttest pytest-timeout pytest-benchmark matplotlib \
 		datasets webdataset tensorboard
 	touch $@
 

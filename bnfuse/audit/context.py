@@ -127,7 +127,8 @@ def prepare(
     ------
     InputError
         A dataset is empty, or of another size, number of channels or classes than the private one; the teacher takes other
-        images; the statistics are another teacher's; an unknown budget; the noise is not positive.
+        images; the statistics are another teacher's; held-out images are among the private ones; an unknown budget; the noise
+        is not positive.
     """
     if budget not in BUDGETS:
         raise InputError(f"budget is {budget!r}, expected one of {', '.join(BUDGETS)}")
@@ -143,6 +144,8 @@ def prepare(
     elif statistics is not None:
         raise InputError("statistics are read with the teacher that they were recorded with: give it too (teacher, --teacher)")
     private = private.in_memory()
+    if "held-out" in fitted:
+        _check_apart(private, fitted["held-out"])
     return Context(
         private=private,
         synthetic=fitted["synthetic"],
@@ -183,6 +186,17 @@ def _fitting(private: ImageDataset, role: str, data: ImageDataset) -> ArrayDatas
 def _shape(data: ImageDataset) -> str:
     channels, height, width = data.image_shape
     return f"{height}x{width} pixels and {channels} channel{'s' if channels > 1 else ''}"
+
+
+def _check_apart(private: ArrayDataset, heldout: ArrayDataset) -> None:
+    """InputError where a tenth of the held-out images are private ones: then they are no baseline. Datasets have some twice."""
+    seen = {image.tobytes() for image in private.images.numpy()}
+    both = sum(image.tobytes() in seen for image in heldout.images.numpy())
+    if both > len(heldout) / 10:
+        raise InputError(
+            f"{both} of the {len(heldout)} images of the held-out dataset {heldout.name} are among the private ones of "
+            f"{private.name}: expected real images that the synthetic ones were not made from"
+        )
 
 
 def _check_teacher(teacher: Teacher, statistics: ClassStatistics | None, private: ImageDataset) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,15 +42,6 @@ MEASURES = {
     "membership": "bnfuse.audit.membership",
     "tracing": "bnfuse.audit.tracing",
 }
-TITLES = {
-    "quality": "Image quality",
-    "neighbours": "Nearest neighbours",
-    "gradients": "Gradient matching attack",
-    "memorisation": "Model memorisation attack",
-    "gan": "GAN-based attack",
-    "membership": "Membership inference",
-    "tracing": "Tracing in the statistics",
-}
 NEEDS = {
     "heldout": "real images that the synthetic ones were not made from (--heldout)",
     "teacher": "the network that the synthetic images were made with (--teacher)",
@@ -67,47 +59,70 @@ def chosen(names: Sequence[str] | None) -> list[str]:
     return [name for name in MEASURES if name in names]
 
 
-def carry_out(name: str, context: Context) -> tuple[Finding, bool]:
+def carry_out(name: str, context: Context) -> Finding:
     """Runs a measure, unless its finding for the same inputs is there already.
 
-    Returns
-    -------
-    The finding, and whether it was there. A finding of a measure that ran is written to findings/NAME.json; one that was not
-    run is not, so that the next audit tries again.
+    The finding of a measure that ran is written to findings/NAME.json, and its scratch folder goes; that of one that was not
+    run is not written, so that the next audit tries again.
     """
-    try:
-        module = importlib.import_module(MEASURES[name])
-    except ModuleNotFoundError as error:
-        if error.name.startswith("bnfuse.audit"):
-            reason = "It is not part of this version of bnfuse."
-        else:
-            reason = f"It needs {error.name}, which is not installed: pip install 'bnfuse[audit]'."
-        return not_run(name, TITLES[name], reason), False
-    missing = [what for what in NEEDS if what in module.NEEDS and _lacks(context, what)]
-    if missing:
-        reason = "It needs " + " and ".join(NEEDS[what] for what in missing) + ", not given."
-        return not_run(name, module.TITLE, reason), False
-
+    module = _ready(name, context)
+    if isinstance(module, Finding):
+        return module
     config = module.BUDGETS[context.budget]
     context = replace(context, key=_measure_key(context, module, config))
-    path = context.out / "findings" / f"{name}.json"
-    if (finding := stored(path, context)) is not None:
-        return finding, True
+    if (finding := _stored(context, name)) is not None:
+        return finding
     started = time.monotonic()
     try:
         finding = module.run(context, config)
     except InputError as error:
-        return not_run(name, module.TITLE, f"It does not fit these images: {error}"), False
+        return not_run(name, module.TITLE, f"It does not fit these images: {error}")
     finding = replace(finding, budget=context.budget, seconds=time.monotonic() - started)
     record = {"key": context.key, "finding": finding.to_dict()}
-    write_atomically(path, (json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
-    return finding, False
+    write_atomically(_path(context, name), to_json(record))
+    shutil.rmtree(context.scratch(name))
+    return finding
 
 
-def stored(path: Path, context: Context) -> Finding | None:
+def look_up(name: str, context: Context) -> Finding:
+    """The finding of a measure that is not asked for now: from an earlier run with the same inputs, or "not run"."""
+    module = _ready(name, context)
+    if isinstance(module, Finding):
+        return module
+    key = _measure_key(context, module, module.BUDGETS[context.budget])
+    found = _stored(replace(context, key=key), name)
+    return found or not_run(name, module.TITLE, "It was not asked for.")
+
+
+def to_json(value) -> bytes:
+    """As it is written to files that people may read."""
+    return (json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def _ready(name: str, context: Context) -> ModuleType | Finding:
+    """The measure's module, or the finding that says why it cannot be run."""
+    try:
+        module = importlib.import_module(MEASURES[name])
+    except ModuleNotFoundError as error:
+        if error.name == MEASURES[name]:
+            reason = "It is not part of this version of bnfuse."
+        else:
+            reason = f"It needs {error.name}, which is not installed: pip install 'bnfuse[audit]'."
+        return not_run(name, name, reason)
+    missing = [text for what, text in NEEDS.items() if what in module.NEEDS and getattr(context, what) is None]
+    if missing:
+        return not_run(name, module.TITLE, f"It needs {' and '.join(missing)}.")
+    return module
+
+
+def _path(context: Context, name: str) -> Path:
+    return context.out / "findings" / f"{name}.json"
+
+
+def _stored(context: Context, name: str) -> Finding | None:
     """The finding that lies there, if it was made from the same inputs and all its pictures are there."""
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(_path(context, name).read_bytes())
         finding = Finding.from_dict(record["finding"]) if record["key"] == context.key else None
     except (OSError, ValueError, KeyError, TypeError):  # none, or one of another version
         return None
@@ -155,7 +170,3 @@ def statistics_digest(statistics: ClassStatistics) -> str:
             sha256.update(name.encode())
             sha256.update(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
     return sha256.hexdigest()
-
-
-def _lacks(context: Context, what: str) -> bool:
-    return getattr(context, what) is None
