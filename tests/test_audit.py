@@ -13,7 +13,7 @@ import torch
 
 import bnfuse
 from bnfuse import InputError, Teacher
-from bnfuse.audit import ARMS, Control, Figure, Finding, Row
+from bnfuse.audit import ARMS, MEASURES, Control, Figure, Finding, Row
 from bnfuse.audit.context import Context, prepare
 from bnfuse.audit.findings import not_run
 from bnfuse.audit.intervals import bootstrap, clopper_pearson
@@ -272,7 +272,7 @@ def test_a_measure_that_lacks_something_is_not_run_and_says_why(monkeypatch, tmp
     made_up.replace_measures(monkeypatch, modules)
     (tmp_path / "made_up_broken.py").write_text("import no_such_library\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(bnfuse.audit.__globals__["MEASURES"], "broken", "made_up_broken")
+    monkeypatch.setitem(MEASURES, "broken", "made_up_broken")
     private, synthetic, _ = datasets()
     result = bnfuse.audit(private, synthetic, None, tmp_path / "out")
     assert set(result.verdicts.values()) == {"not run"} and list((tmp_path / "out").glob("findings/*")) == []

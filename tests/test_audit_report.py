@@ -173,11 +173,11 @@ def test_pictures_are_inside_and_keep_their_pixels_where_they_are_small(page, au
 
 
 def test_large_pictures_are_made_small_enough(monkeypatch, tmp_path):
-    noise = torch.randint(0, 256, (500, 1300, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(0, 256, (250, 1300, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for path in paths:
         Image.fromarray(noise.numpy()).save(path, compress_level=1)
-    for limit, width in ((7_000_000, 1300), (1_000_000, 900), (500_000, 600)):
+    for limit, width in ((7_000_000, 1300), (400_000, 900), (200_000, 600)):
         monkeypatch.setattr(report, "_PICTURE_BYTES", limit)
         shown = report.inlined(paths, tmp_path)
         assert list(shown) == ["0.png", "1.png", "2.png"]
@@ -281,3 +281,39 @@ def test_it_prints(audited, tmp_path):
     pdf = tmp_path / "audit.pdf"
     visit(audited.report, tmp_path, f"--print-to-pdf={pdf}", "--no-pdf-header-footer")
     assert pdf.read_bytes().startswith(b"%PDF") and 3 <= len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes())) <= 30
+
+
+# ---- the page in docs/ ----
+
+
+@pytest.fixture
+def docs(monkeypatch, tmp_path):
+    """`audit_page` with a copy of its page, and folders of its own."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import audit_page
+
+    page = tmp_path / "audit.md"
+    page.write_text(audit_page.PAGE.read_text())
+    for name, value in {"PAGE": page, "PICTURES": tmp_path / "images", "RESULTS": tmp_path / "results"}.items():
+        monkeypatch.setattr(audit_page, name, value)
+    return audit_page
+
+
+def test_an_audit_becomes_a_table_and_pictures_in_docs(docs, audited):
+    docs.write_report(docs.keep(audited.out))
+    written = docs.PAGE.read_text()
+    rows = [line for line in written.splitlines() if line.startswith("| ")]
+    void = next(row for row in rows if row.startswith("| Gradient"))
+    assert "~~0.100 dB (0.050 to 0.500)~~" in void and "**void**" in void and "failed where it had to succeed" in void
+    assert any("**leak**" in row and "12 in 100" in row for row in rows)
+    assert (docs.PICTURES / "quality-pairs.png").is_file() and "(images/audit/quality-pairs.png)" in written
+    assert json.loads((docs.RESULTS / "audit.json").read_text())["budget"] == "quick"
+
+
+def test_the_page_in_docs_shows_the_audit_that_is_kept(docs):
+    kept = Path(docs.__file__).parent / "results" / "audit.json"
+    if not kept.is_file():
+        pytest.skip("no audit has been kept")
+    before = docs.PAGE.read_text()
+    docs.write_report(json.loads(kept.read_text()))
+    assert docs.PAGE.read_text() == before, "run `python benchmarks/audit_page.py --report`"
