@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from bnfuse.audit import ARMS, Control, Figure, Finding, Row
+from bnfuse.audit import ARMS, MEASURES, Control, Figure, Finding, Row
 from bnfuse.pictures import grid
 
 
@@ -92,8 +92,6 @@ _ODD = {"PSNR": float("inf"), "SAM": float("nan"), "MSE": 1.25e-7, "ERGAS": 1234
 
 def replace_measures(monkeypatch, modules):
     """Puts `modules` in the place of the audit's own measures."""
-    from bnfuse.audit.measure import MEASURES
-
     for name in list(MEASURES):
         monkeypatch.delitem(MEASURES, name)
     for name, where in modules.items():
