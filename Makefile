@@ -33,7 +33,7 @@ bench-quick: install  ## a part of that, into benchmarks/results/quick.json
 GPU_PYTHON ?= python3
 OUT ?= benchmarks/results
 GPU_BENCH := $(GPU_PYTHON) -m pytest benchmarks -q --device cuda --batch 256 --layout channels_last
-GPU_NEEDS := PIL hypothesis numpy pytest pytest_benchmark safetensors setuptools torch torchvision tqdm triton
+GPU_NEEDS := PIL hypothesis jinja2 numpy pytest pytest_benchmark safetensors setuptools torch torchvision tqdm triton
 GPU_ARCHITECTURE = $(GPU_PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())'
 
 gpu:  ## builds the CUDA kernels in place, runs the GPU tests, then the benchmarks of the ImageNet networks
