@@ -14,6 +14,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from . import __version__
+from .audit import MEASURES, audit
+from .audit.context import BUDGETS, NOISE
+from .audit.running import command_line
+from .audit.summary import verdict_lines
 from .backends import BACKENDS
 from .configs import add_flags, from_flags, given_flags
 from .datasets import SPEC_GRAMMAR as DATASET_GRAMMAR
@@ -88,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"bnfuse {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    adders = (_add_train, _add_record, _add_synthesize, _add_verify, _add_relabel, _add_export, _add_demo, _add_doctor)
-    for add in adders:
+    flow = (_add_train, _add_record, _add_synthesize, _add_audit)
+    for add in (*flow, _add_verify, _add_relabel, _add_export, _add_demo, _add_doctor):
         add(commands)
     return parser
 
@@ -351,6 +355,65 @@ def _synthesize(args) -> None:
     share = recognised(teacher, statistics, result.out, config, micro_batch=args.micro_batch)
     print(f"the teacher takes {share:.1%} of them for what was asked")
     print(f"look at {result.out / 'contact_sheet.png'}; train on it with `bnfuse train --data {result.out}`")
+
+
+# ---- bnfuse audit ----
+
+
+def _add_audit(commands) -> None:
+    parser = _command(
+        commands,
+        "audit",
+        _audit,
+        "Measure what a synthetic dataset gives away of the private images, with controls, and write a report. Stopped and "
+        "started again, it continues.",
+        _GRAMMARS,
+    )
+    parser.add_argument("--private", required=True, metavar="DATASET", help="what the synthetic images were made from")
+    parser.add_argument("--synthetic", required=True, metavar="DATASET", help="what is to be published")
+    parser.add_argument(
+        "--heldout", metavar="DATASET", help="real images like the private ones, but not among them: the baseline"
+    )
+    _add_teacher(parser, required=False)
+    parser.add_argument("--statistics", type=Path, metavar="FILE", help="what `bnfuse record` wrote")
+    parser.add_argument("--budget", choices=BUDGETS, default="quick", help="how long attacks try (default quick, a first look)")
+    parser.add_argument("--only", choices=MEASURES, nargs="+", metavar="NAME", help=f"of {', '.join(MEASURES)} (default all)")
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=NOISE,
+        metavar="S",
+        help=f"standard deviation of the noised originals' noise, of pixels in [0, 1] (default {NOISE})",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    parser.add_argument("--out", type=Path, default=Path("runs/audit"), metavar="DIR", help="folder (default runs/audit)")
+    _add_device(parser)
+
+
+def _audit(args) -> None:
+    teacher = None if args.teacher is None else _load_teacher(args)
+    size, channels = _size(args), _channels(args)
+    if teacher is not None:
+        size, channels = teacher.preprocessing.image_size, teacher.preprocessing.channels
+    data = {
+        role: None if spec is None else load_dataset(spec, image_size=size, channels=channels, download=args.download)
+        for role, spec in {"private": args.private, "synthetic": args.synthetic, "heldout": args.heldout}.items()
+    }
+    unneeded = ("command", "run", "only", "device")  # by whoever makes the audit again
+    result = audit(
+        **data,
+        out=args.out,
+        teacher=teacher,
+        statistics=None if args.statistics is None else ClassStatistics.load(args.statistics),
+        budget=args.budget,
+        measures=args.only,
+        noise=args.noise,
+        device=_device(args),
+        seed=args.seed,
+        command=command_line(**{name: value for name, value in vars(args).items() if name not in unneeded}),
+    )
+    print(verdict_lines(result.findings))
+    print(f"the report, which shows private images: {result.report}")
 
 
 # ---- bnfuse verify ----
