@@ -273,5 +273,5 @@ def test_one_private_image_and_classes_without_partners_are_refused(context, dig
     with pytest.raises(InputError, match="needs two of them, got 1"):
         neighbours.run(context(others, private=one), NEIGHBOURS)
     elsewhere = others.subset((others.labels != one.labels[0]).nonzero()[:, 0])
-    with pytest.raises(InputError, match="of no synthetic image's class"):
+    with pytest.raises(InputError, match="none for any synthetic image"):
         quality.run(context(elsewhere, private=one, heldout=heldout), QUALITY)

@@ -64,14 +64,11 @@ def run(context: Context, config: Config) -> Finding:
     paired = {arm: pair(context, _dataset(context, arm), config.pairs, arm) for arm in (*ARMS, HELDOUT)}
     for arm, some in paired.items():
         if not len(some.images):
-            raise InputError(f"images are compared with private ones of their class, and those of no {arm} image's class exist")
+            raise InputError(f"images are compared with private ones of their class, and there is none for any {arm} image")
     judge = Judge(paired[HELDOUT])
     controls = [*slight_noise(context, config, judge), uniform_noise(context, config, judge)]
     sets, sizes = _distances_of_sets(context, config)
-    perceptual = {
-        arm: lpips(some.images[: config.pairs], some.private[: config.pairs], device=context.device)
-        for arm, some in paired.items()
-    }
+    perceptual = {arm: lpips(some.images, some.private, device=context.device) for arm, some in paired.items()}
     leaks = clearly_more(*judge.share(paired["synthetic"]), *judge.share(paired[HELDOUT]))
     return Finding(
         NAME,
