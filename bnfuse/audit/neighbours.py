@@ -102,8 +102,9 @@ def run(context: Context, config: Config) -> Finding:
             "whether synthetic images lie closer to single private ones than real images do that had no part in them."
         ),
         does_not_bound=(
-            "Anything that is not seen as distance. What an image shows of a private one may survive in parts, or after a "
-            "shift; and whose image was used can be told from images that are near to none. Distances alone clear nobody."
+            "Anything that is not seen as distance. What an image shows of a private one may survive in parts, blended with "
+            "another (the mean of two private images is not found), or after a shift; and whose image was used can be told "
+            "from images that are near to none. Distances alone clear nobody."
         ),
         sentence=_sentence(found, judge, leaks),
         outcome=LEAK if leaks else DIAGNOSTIC,
