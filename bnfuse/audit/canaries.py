@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..datasets import ArrayDataset
 from .context import Context
 from .intervals import CONFIDENCE
 
@@ -24,20 +25,27 @@ class Canaries:
     images : int64 [m], which of the private images
     labels : int64 [m], their wrong labels
     included : bool [m], the coins
+    rest : int64 [N - m], the other private images, in random order
     """
 
     images: Tensor
     labels: Tensor
     included: Tensor
+    rest: Tensor
 
     @classmethod
-    def draw(cls, context: Context, images: Tensor) -> Canaries:
-        """Makes canaries of these private images."""
-        rng = context.rng("canaries")
-        classes = context.num_classes
-        step = torch.randint(1, classes, (len(images),), generator=rng)
-        labels = (context.private.labels[images] + step) % classes
-        return cls(images, labels, torch.rand(len(images), generator=rng) < 0.5)
+    def draw(cls, context: Context, count: int) -> Canaries:
+        """Makes canaries of `count` private images."""
+        rng, classes = context.rng("canaries"), context.num_classes
+        order = torch.randperm(len(context.private), generator=rng)
+        images = order[:count]
+        labels = (context.private.labels[images] + torch.randint(1, classes, (count,), generator=rng)) % classes
+        return cls(images, labels, torch.rand(count, generator=rng) < 0.5, order[count:])
+
+    def dataset(self, context: Context) -> ArrayDataset:
+        """All canaries, with their wrong labels."""
+        private = context.private
+        return ArrayDataset(private.images[self.images], self.labels, private.class_names, name="canaries")
 
 
 @dataclass(frozen=True)
