@@ -22,6 +22,7 @@ from .matching import Matcher, group_by_class
 from .models import Teacher, freeze, load_teacher
 from .plans import SynthesisConfig
 from .preprocessing import Preprocessing
+from .presets import preset
 from .relabelling import RelabelConfig, relabel
 from .repair import repair
 from .statistics import ClassStatistics, record
@@ -49,6 +50,7 @@ __all__ = [
     "group_by_class",
     "load_dataset",
     "load_teacher",
+    "preset",
     "record",
     "relabel",
     "repair",

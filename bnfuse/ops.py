@@ -7,7 +7,7 @@
 
 An operator exists in one namespace a backend, with one schema: `bnfuse_reference` and `bnfuse_triton` are differentiated here,
 and implemented by `reference.py` and the Triton kernels; `bnfuse_cpp` is all in csrc/, with kernels for the CPU and for CUDA.
-Nothing here computes.
+Gradients of gradients are said here for all of them: those of the definitions in `reference.py`. Nothing here computes.
 """
 
 from __future__ import annotations
@@ -50,6 +50,13 @@ COMPILED_SCHEMAS = {
     "str distance, bool use_std, float eps, float slack, float mean_weight, float var_weight) "
     "-> (Tensor, Tensor, Tensor, Tensor)",  # loss, distances, dmean, dvar
 }
+
+# bn_loss's derivatives by plain differentiable PyTorch, on every backend: for a gradient that is to be differentiated.
+COEFFICIENTS_SCHEMA = (
+    "(Tensor[] mean, Tensor[] var, Tensor target_mean, Tensor target_var, Tensor? classes, Tensor site_weights, "
+    "str distance, bool use_std, float eps, float slack, float mean_weight, float var_weight) "
+    "-> (Tensor, Tensor)"  # dmean, dvar
+)
 
 
 # ---- autograd of the backends in Python; that of bnfuse_cpp is in csrc/autograd.cpp ----
@@ -104,41 +111,71 @@ def _group_moments_backward(backend, ctx, dmean, dvar):
 
 
 def _bn_forward_with_targets_setup(ctx, inputs, output):
-    x, residual, scale, shift, group_starts, _, _, _, _, act, slope, *_ = inputs
-    _, mean, _, mask, _, dmean, dvar = output
-    _keep_site(ctx, x, residual, scale, shift, group_starts, mean, mask, act, slope, dmean, dvar)
+    x, residual, scale, shift, group_starts, target_mean, target_var, classes, ctx.weight, act, slope, *ctx.options = inputs
+    _, mean, var, mask, _, dmean, dvar = output
+    loss = var, target_mean, target_var, classes
+    _keep_site(ctx, x, residual, scale, shift, group_starts, mean, mask, act, slope, dmean, dvar, *loss)
     ctx.mark_non_differentiable(mask, dmean, dvar)
 
 
 def _bn_forward_with_targets_backward(backend, ctx, dy, dmean, dvar, _dmask, dloss, _ddmean, _ddvar):
-    moments = []
-    for gradient, coefficients in zip((dmean, dvar), ctx.saved_tensors[7:]):
-        through_loss = None if dloss is None else coefficients * dloss
-        terms = [term for term in (gradient, through_loss) if term is not None]
-        moments.append(sum(terms) if terms else None)
-    return *_site_gradients(backend, ctx, dy, *moments), *[None] * 15
+    mean, _, *coefficients, var, target_mean, target_var, classes = ctx.saved_tensors[5:]
+    if dloss is not None:
+        if torch.is_grad_enabled():
+            targets = target_mean, target_var, classes, mean.new_full((1,), ctx.weight)
+            coefficients = [c.view_as(mean) for c in reference.bn_loss_coefficients([mean], [var], *targets, *ctx.options)]
+        through_loss = [c * dloss for c in coefficients]
+        dmean, dvar = (new if old is None else old + new for old, new in zip((dmean, dvar), through_loss))
+    return *_site_gradients(backend, ctx, dy, dmean, dvar), *[None] * 15
 
 
 def _bn_loss_setup(ctx, inputs, output):
+    mean, var, *targets_and_weights = inputs[:6]
     ctx.set_materialize_grads(False)
-    ctx.groups, ctx.channels = inputs[0][0].shape[0], [site.shape[1] for site in inputs[0]]
-    ctx.save_for_backward(*output[2:])
+    ctx.groups, ctx.channels, ctx.options = mean[0].shape[0], [site.shape[1] for site in mean], inputs[6:]
+    ctx.save_for_backward(*output[2:], *mean, *var, *targets_and_weights)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _bn_loss_backward(_backend, ctx, dloss, *_others):
+    sites = len(ctx.channels)
     if dloss is None:
-        return [None] * len(ctx.channels), [None] * len(ctx.channels), *[None] * 10
+        return [None] * sites, [None] * sites, *[None] * 10
+    dmean, dvar, *given = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        dmean, dvar = reference.bn_loss_coefficients(given[:sites], given[sites : 2 * sites], *given[2 * sites :], *ctx.options)
     sizes = [ctx.groups * channels for channels in ctx.channels]
-    gradients = [[part.view(ctx.groups, -1) for part in (c * dloss).split(sizes)] for c in ctx.saved_tensors]
+    gradients = [[part.view(ctx.groups, -1) for part in (c * dloss).split(sizes)] for c in (dmean, dvar)]
     return *gradients, *[None] * 10
 
 
-def _no_second_order(_backend, ctx, *_gradients):
-    raise RuntimeError(
-        "bnfuse's operators are differentiable once; for second-order gradients call the functions of "
-        "bnfuse.reference, which plain autograd differentiates any number of times"
-    )
+# ---- the second order, of every backend's operators: the gradients' own gradients ----
+
+
+def _keep_arguments(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs))
+    ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+
+
+def _differentiate(definition, _backend, ctx, *gradients):
+    """The gradient of an operator whose definition is plain PyTorch: `definition` is called again and differentiated."""
+    arguments = [other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others)]
+    with torch.enable_grad():
+        # Aliases: one argument may have been computed from another, and each is to get what comes through itself alone.
+        arguments = [a.view_as(a) if needed else a for a, needed in zip(arguments, ctx.needs_input_grad)]
+        outputs = definition(*arguments)
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    used = [(out, gradient) for out, gradient in zip(outputs, gradients) if gradient is not None and out.requires_grad]
+    wanted = [index for index, needed in enumerate(ctx.needs_input_grad) if needed]
+    result = [None] * len(arguments)
+    if used:
+        outputs, gradients = zip(*used)
+        inputs, graph = [arguments[index] for index in wanted], torch.is_grad_enabled()
+        found = torch.autograd.grad(outputs, inputs, gradients, create_graph=graph, allow_unused=True)
+        for index, gradient in zip(wanted, found):
+            result[index] = gradient
+    return tuple(result)
 
 
 AUTOGRAD = {
@@ -146,9 +183,10 @@ AUTOGRAD = {
     "group_moments": (_group_moments_backward, _group_moments_setup),
     "bn_forward_with_targets": (_bn_forward_with_targets_backward, _bn_forward_with_targets_setup),
     "bn_loss": (_bn_loss_backward, _bn_loss_setup),
-    # The backward passes have no derivative of their own: asking for one is an error, not a wrong number.
-    "bn_backward": (_no_second_order, None),
-    "group_moments_backward": (_no_second_order, None),
+}
+SECOND_ORDER = {
+    name: (functools.partial(_differentiate, getattr(reference, name)), _keep_arguments)
+    for name in ("bn_backward", "group_moments_backward")
 }
 
 
@@ -159,7 +197,7 @@ def _define(namespace: str, schemas: dict[str, str], implementations) -> torch.l
     for name, schema in schemas.items():
         library.define(name + schema)
         library.impl(name, getattr(implementations, name), "CompositeExplicitAutograd")
-        backward, setup = AUTOGRAD[name]
+        backward, setup = (AUTOGRAD | SECOND_ORDER)[name]
         torch.library.register_autograd(
             f"{namespace}::{name}", functools.partial(backward, backend), setup_context=setup, lib=library
         )
@@ -182,6 +220,15 @@ LIBRARIES = {"reference": _define("bnfuse_reference", SCHEMAS, reference)}
 if backends.triton_is_installed():
     LIBRARIES["triton"] = _define("bnfuse_triton", SCHEMAS | COMPILED_SCHEMAS, _TritonKernels())
 NAMESPACES = [f"bnfuse_{name}" for name in LIBRARIES] + (["bnfuse_cpp"] if backends.extension else [])
+
+# What csrc/autograd.cpp leaves to this file: the second order.
+LIBRARIES["reference"].define("bn_loss_coefficients" + COEFFICIENTS_SCHEMA)
+LIBRARIES["reference"].impl("bn_loss_coefficients", reference.bn_loss_coefficients, "CompositeImplicitAutograd")
+if backends.extension:
+    for _name, (_backward, _setup) in SECOND_ORDER.items():
+        torch.library.register_autograd(
+            f"bnfuse_cpp::{_name}", functools.partial(_backward, torch.ops.bnfuse_cpp), setup_context=_setup
+        )
 
 
 # ---- what every backend's operators look like to a compiler ----
@@ -284,8 +331,11 @@ def bn_act(
     """A frozen BatchNorm, an optional residual and an activation, with the moments of the input, in one pass.
 
     ``y = act(scale·x + shift (+ residual))`` with ``scale = γ/√(running_var + ε)``, ``shift = β − running_mean·scale``.
-    Differentiable once in x and residual, through y, mean and var alike; scale and shift get no gradient. What is kept for
+    Differentiable in x and residual, through y, mean and var alike; scale and shift get no gradient. What is kept for
     backward is x, plus one bit an element for a ReLU-like activation after a residual (SiLU and hardswish keep the residual).
+
+    Second order: a gradient made with ``create_graph=True`` may be differentiated again. It comes from the same kernels; its
+    own gradient is that of its definition, `reference.bn_backward`, in eager PyTorch on every backend (docs/second_order.md).
 
     Parameters
     ----------
@@ -346,7 +396,7 @@ def bn_act_loss(
 
     Returns
     -------
-    y : like x; loss : scalar; mean, var : [G, C]. All are differentiable once in x and residual
+    y : like x; loss : scalar; mean, var : [G, C]. All are differentiable in x and residual, as `bn_act`'s
 
     Raises
     ------
@@ -466,8 +516,8 @@ def bn_loss(
     """The BatchNorm-statistic loss of a whole network, all sites in one operator.
 
     ``loss = mean over groups g of Σ over sites s of site_weights[s] · distance(moments[g, s], targets[class of g, s])``; the
-    distances are those of `reference.bn_distance`. Differentiable once in mean and var (on the reference backend any number of
-    times); the gradient's coefficients come out of the same pass as the loss.
+    distances are those of `reference.bn_distance`. Differentiable in mean and var, as `bn_act` is; the gradient's
+    coefficients come out of the same pass as the loss, but those of a gradient that is to be differentiated are computed anew.
 
     Parameters
     ----------
@@ -488,8 +538,11 @@ def bn_loss(
     InputError : an unknown distance, or targets of several classes without `classes`
     RuntimeError : shapes or dtypes that do not fit, on the compiled backends
     """
-    if distance not in reference.DISTANCES:
-        raise InputError(f"unknown distance {distance!r}; choose one of {', '.join(reference.DISTANCES)}")
+    if distance in reference.EAGER_DISTANCES:
+        backend = "reference"
+    elif distance not in reference.DISTANCES:
+        known = (*reference.DISTANCES, *reference.EAGER_DISTANCES)
+        raise InputError(f"unknown distance {distance!r}; choose one of {', '.join(known)}")
     if not mean:
         raise InputError("bn_loss needs the moments of at least one site, got none")
     if classes is None and len(target_mean) > 1:

@@ -17,6 +17,7 @@ ACTIVATIONS = ("identity", "relu", "relu6", "leaky_relu", "silu", "hardswish")
 # Activations whose derivative is one of two constants: one bit an element tells which.
 TWO_SLOPE_ACTIVATIONS = ("relu", "relu6", "leaky_relu")
 DISTANCES = ("l2", "l2_squared", "mse", "l1", "kl", "hinge")
+EAGER_DISTANCES = ("kl_reverse",)  # of moments alone, so that a kernel of their own would gain nothing
 
 
 def moment_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -57,7 +58,7 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
 
 def per_sample(values: Tensor, group_starts: Tensor, x: Tensor) -> Tensor:
     """[G, C] → [N, C, 1, …]: each sample gets its group's row."""
-    rows = values.repeat_interleave(group_starts.diff(), dim=0)
+    rows = values.repeat_interleave(group_starts.diff(), dim=0, output_size=x.shape[0])
     return rows.reshape(*rows.shape, *[1] * (x.dim() - 2))
 
 
@@ -248,6 +249,7 @@ def bn_distance(
     - ``l2``: ‖Δμ‖₂ + ‖Δv‖₂, not squared (DeepInversion, arXiv 1912.08795, eq. 4; SRe2L). Gradient 0 where Δ = 0.
     - ``l2_squared``: ‖Δμ‖₂² + ‖Δv‖₂²; ``mse``: the same over C; ``l1``: ‖Δμ‖₁ + ‖Δv‖₁ over C.
     - ``kl``: mean over channels of KL(N(mean, var) ‖ N(target)), variances + eps; the weights do not apply.
+    - ``kl_reverse``: the same of KL(N(target) ‖ N(mean, var)) (ABD, arXiv 2106.09701).
     - ``hinge``: Σ max(|Δμ| − slack, 0)² + Σ max(|Δv| − slack, 0)² (DSG, arXiv 2103.01049).
 
     Parameters
@@ -260,8 +262,10 @@ def bn_distance(
     -------
     [G, S] in the moments' dtype
     """
-    if distance == "kl":
+    if distance in ("kl", "kl_reverse"):
         v, t = var + eps, target_var + eps
+        if distance == "kl_reverse":
+            v, t = t, v
         channel = 0.5 * (torch.log(t / v) + (v + (mean - target_mean).square()) / t - 1)
         return _site_sum(channel, site_channels) / site_channels
     if use_std:
@@ -310,6 +314,25 @@ def bn_loss(
     return (distances * site_weights).sum(1).mean(), distances.detach()
 
 
+def bn_loss_coefficients(
+    mean: list[Tensor], var: list[Tensor], target_mean: Tensor, target_var: Tensor, classes: Tensor | None, *weights_and_options
+) -> tuple[Tensor, Tensor]:
+    """`bn_loss`'s derivatives by mean and var, as differentiable functions of them. Arguments are those of `bn_loss`.
+
+    Returns
+    -------
+    dmean, dvar : [G·T], for each site its [G, C], computed in float64 as the kernels do, in the moments' dtype
+    """
+    site_weights, *options = weights_and_options
+    targets = target_mean.double(), target_var.double(), classes, site_weights.double()
+    with torch.enable_grad():
+        moments = [site.to(torch.float64, copy=True).requires_grad_() for site in (*mean, *var)]
+        loss, _ = bn_loss(moments[: len(mean)], moments[len(mean) :], *targets, *options)
+        derivatives = torch.autograd.grad(loss, moments, create_graph=True)
+        dmean, dvar = torch.cat([d.flatten() for d in derivatives]).to(mean[0].dtype).chunk(2)
+    return dmean, dvar
+
+
 def _distance_term(delta: Tensor, site_channels: Tensor, distance: str, slack: float) -> Tensor:
     if distance == "l1":
         return _site_sum(delta.abs(), site_channels) / site_channels
@@ -326,4 +349,23 @@ def _distance_term(delta: Tensor, site_channels: Tensor, distance: str, slack: f
 
 def _site_sum(values: Tensor, site_channels: Tensor) -> Tensor:
     """[G, T] → [G, S]: the sum over each site's channels."""
-    return torch.segment_reduce(values.t().contiguous(), "sum", lengths=site_channels, axis=0).t()
+    return _SiteSum.apply(values, site_channels)
+
+
+class _SiteSum(torch.autograd.Function):
+    """`torch.segment_reduce`, whose own gradient has no derivative."""
+
+    @staticmethod
+    def forward(values, site_channels):
+        return torch.segment_reduce(values.t().contiguous(), "sum", lengths=site_channels, axis=0).t()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        values, site_channels = inputs
+        ctx.width = values.shape[1]
+        ctx.save_for_backward(site_channels)
+
+    @staticmethod
+    def backward(ctx, gradient):  # [G, S] → [G, T]
+        (site_channels,) = ctx.saved_tensors
+        return gradient.repeat_interleave(site_channels, dim=1, output_size=ctx.width), None

@@ -1,4 +1,6 @@
 // The gradients of bnfuse_cpp's operators, and nothing else: which tensors are kept, and which kernel runs backward.
+// The gradients' own gradients are those of every other backend: bnfuse/ops.py registers them for bn_backward and
+// group_moments_backward, which therefore are called through the dispatcher where a graph of the gradient is made.
 //
 // This file alone uses the full C++ API of torch, since the stable one has no autograd; in Python the same takes a
 // quarter of a millisecond a site, more than the kernels of a small one.
@@ -79,6 +81,14 @@ const auto& bn_loss_op() {
   return op;
 }
 
+// bn_loss's derivatives by mean and var, [G·T] each, as functions of them that autograd knows; defined in bnfuse/ops.py.
+const auto& bn_loss_coefficients_op() {
+  static const auto op =
+      find<TwoTensors(at::TensorList, at::TensorList, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
+                      c10::string_view, bool, double, double, double, double)>("bnfuse_reference::bn_loss_coefficients");
+  return op;
+}
+
 OptionalTensor optional(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
 // Whether nobody but this backward pass will ever see what is in `gradient`, so that it may be overwritten: the test
@@ -88,10 +98,40 @@ bool is_ours_alone(const Tensor& gradient) {
          gradient.storage().use_count() == 1 && !gradient.requires_grad();
 }
 
+// While it lives, and unless a graph of the gradient is to be made, operators are their kernels: nothing of theirs is
+// recorded, and what bnfuse/ops.py registered for the second order is not entered.
+struct FirstOrderGuard {
+  FirstOrderGuard() {
+    if (!at::GradMode::is_enabled()) kernels_alone.emplace();
+  }
+  std::optional<at::AutoDispatchBelowADInplaceOrView> kernels_alone;
+};
+
+// ---- what bn_loss and a site with targets keep of the loss's options ----
+
+struct Options {
+  std::string distance;
+  bool use_std;
+  double eps, slack, mean_weight, var_weight;
+};
+
+void keep_options(AutogradContext* ctx, const Options& o) {
+  ctx->saved_data["distance"] = o.distance;
+  ctx->saved_data["options"] = std::vector<double>{double(o.use_std), o.eps, o.slack, o.mean_weight, o.var_weight};
+}
+
+TwoTensors differentiable_coefficients(AutogradContext* ctx, at::TensorList mean, at::TensorList var,
+                                       const Tensor& target_mean, const Tensor& target_var, const Tensor& classes,
+                                       const Tensor& site_weights) {
+  const std::vector<double> o = ctx->saved_data["options"].toDoubleVector();
+  return bn_loss_coefficients_op().call(mean, var, target_mean, target_var, optional(classes), site_weights,
+                                        ctx->saved_data["distance"].toStringRef(), o[0] != 0, o[1], o[2], o[3], o[4]);
+}
+
 // ---- bn_forward, and the same with targets ----
 
-// What a site keeps for backward, in the order in which it is saved.
-enum Saved { X, RESIDUAL, SCALE, SHIFT, GROUP_STARTS, MEAN, MASK, DMEAN, DVAR };
+// What a site keeps for backward, in the order in which it is saved; from DMEAN on, one with targets.
+enum Saved { X, RESIDUAL, SCALE, SHIFT, GROUP_STARTS, MEAN, MASK, DMEAN, DVAR, VAR, TARGET_MEAN, TARGET_VAR, CLASSES };
 
 void check_frozen(const Tensor& scale, const Tensor& shift) {
   TORCH_CHECK(!scale.requires_grad() && !shift.requires_grad(),
@@ -129,6 +169,7 @@ std::pair<Tensor, Tensor> backward_of_site(AutogradContext* ctx, const variable_
                                                  derives_dresidual);
       dx = dy;
     } else {
+      const FirstOrderGuard guard;
       std::tie(dx, dresidual) = bn_backward_op().call(optional(dy), x, residual, mask, saved[SCALE], saved[SHIFT],
                                                       saved[MEAN], optional(dmean), optional(dvar), saved[GROUP_STARTS],
                                                       act, slope, derives_dresidual);
@@ -163,8 +204,9 @@ FourTensors bn_forward(const Tensor& x, const OptionalTensor& residual, const Te
   return {out[0], out[1], out[2], out[3]};
 }
 
-// Whether a scalar is seen to be 1 without waiting for a device or asking the dispatcher.
+// Whether a scalar is seen to be 1, and a constant, without waiting for a device or asking the dispatcher.
 bool is_plainly_one(const Tensor& scalar) {
+  if (at::GradMode::is_enabled() && scalar.requires_grad()) return false;
   if (!scalar.is_cpu() || at::isTensorSubclassLike(scalar) || scalar.is_neg() || scalar._is_zerotensor()) return false;
   if (scalar.scalar_type() == at::kFloat) return *scalar.const_data_ptr<float>() == 1;
   return scalar.scalar_type() == at::kDouble && *scalar.const_data_ptr<double>() == 1;
@@ -188,14 +230,24 @@ struct BnForwardWithTargets : torch::autograd::Function<BnForwardWithTargets> {
     auto [y, mean, var, mask, loss, dmean, dvar] =
         bn_forward_with_targets_op().call(x, residual, scale, shift, group_starts, target_mean, target_var, classes, weight,
                                           act, slope, distance, use_std, eps, slack, mean_weight, var_weight);
-    keep_for_backward(ctx, {x, residual.value_or(Tensor()), scale, shift, group_starts, mean, mask, dmean, dvar}, act,
-                      slope);
+    keep_for_backward(ctx,
+                      {x, residual.value_or(Tensor()), scale, shift, group_starts, mean, mask, dmean, dvar, var, target_mean,
+                       target_var, classes.value_or(Tensor())},
+                      act, slope);
+    ctx->saved_data["weight"] = weight;
+    keep_options(ctx, {distance, use_std, eps, slack, mean_weight, var_weight});
     ctx->mark_non_differentiable({mask, dmean, dvar});
     return {y, mean, var, mask, loss, dmean, dvar};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list& gradients) {
-    const variable_list saved = ctx->get_saved_variables();
+    variable_list saved = ctx->get_saved_variables();
+    if (at::GradMode::is_enabled() && gradients[4].defined()) {
+      const Tensor weight = at::full({1}, ctx->saved_data["weight"].toDouble(), saved[MEAN].options());
+      std::tie(saved[DMEAN], saved[DVAR]) = differentiable_coefficients(
+          ctx, {saved[MEAN]}, {saved[VAR]}, saved[TARGET_MEAN], saved[TARGET_VAR], saved[CLASSES], weight);
+      for (const Saved coefficients : {DMEAN, DVAR}) saved[coefficients] = saved[coefficients].view_as(saved[MEAN]);
+    }
     const Tensor dmean = scaled_sum(gradients[4], saved[DMEAN], gradients[1]);
     const Tensor dvar = scaled_sum(gradients[4], saved[DVAR], gradients[2]);
     auto [dx, dresidual] = backward_of_site(ctx, saved, gradients[0], dmean, dvar);
@@ -229,6 +281,7 @@ struct GroupMoments : torch::autograd::Function<GroupMoments> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
     const variable_list saved = ctx->get_saved_variables();
+    const FirstOrderGuard guard;
     return {group_moments_backward_op().call(saved[0], saved[2], optional(gradients[0]), optional(gradients[1]), saved[1]),
             Tensor()};
   }
@@ -249,7 +302,11 @@ struct BnLoss : torch::autograd::Function<BnLoss> {
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [loss, distances, dmean, dvar] = bn_loss_op().call(mean, var, target_mean, target_var, classes, site_weights,
                                                             distance, use_std, eps, slack, mean_weight, var_weight);
-    ctx->save_for_backward({dmean, dvar});
+    variable_list kept{dmean, dvar, target_mean, target_var, classes.value_or(Tensor()), site_weights};
+    kept.insert(kept.end(), mean.begin(), mean.end());
+    kept.insert(kept.end(), var.begin(), var.end());
+    ctx->save_for_backward(std::move(kept));
+    keep_options(ctx, {distance, use_std, eps, slack, mean_weight, var_weight});
     std::vector<int64_t> channels;
     for (const Tensor& site : mean) channels.push_back(site.size(1));
     ctx->saved_data["channels"] = channels;
@@ -263,8 +320,14 @@ struct BnLoss : torch::autograd::Function<BnLoss> {
     const variable_list saved = ctx->get_saved_variables();
     const std::vector<int64_t> channels = ctx->saved_data["channels"].toIntVector();
     const int64_t groups = ctx->saved_data["groups"].toInt();
+    TwoTensors both{saved[0], saved[1]};
+    if (at::GradMode::is_enabled() && gradients[0].defined()) {
+      const at::TensorList moments = at::TensorList(saved).slice(6);
+      both = differentiable_coefficients(ctx, moments.slice(0, channels.size()), moments.slice(channels.size()), saved[2],
+                                         saved[3], saved[4], saved[5]);
+    }
     variable_list result;
-    for (const Tensor& coefficients : saved) {
+    for (const Tensor& coefficients : {std::get<0>(both), std::get<1>(both)}) {
       const Tensor scaled = gradients[0].defined() ? coefficients * gradients[0] : Tensor();
       int64_t at = 0;
       for (const int64_t c : channels) {
@@ -346,49 +409,6 @@ Tensor convolution(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   return at::convolution(x, weight, bias, stride, padding, dilation, false, std::vector<int64_t>(stride.size()), groups);
 }
 
-// ---- the backward passes have no derivative of their own: asking for one is an error, not a wrong number ----
-
-const char* const NO_SECOND_ORDER =
-    "bnfuse's operators are differentiable once; for second-order gradients use backend='reference', or the functions of "
-    "bnfuse.reference, which plain autograd differentiates any number of times";
-
-struct BnBackward : torch::autograd::Function<BnBackward> {
-  static variable_list forward(AutogradContext*, const OptionalTensor& dy, const Tensor& x,
-                               const OptionalTensor& residual, const Tensor& mask, const Tensor& scale,
-                               const Tensor& shift, const Tensor& mean, const OptionalTensor& dmean,
-                               const OptionalTensor& dvar, const Tensor& group_starts, const std::string& act,
-                               double slope, bool want_dresidual) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [dx, dresidual] = bn_backward_op().call(dy, x, residual, mask, scale, shift, mean, dmean, dvar, group_starts,
-                                                 act, slope, want_dresidual);
-    return {dx, dresidual};
-  }
-  static variable_list backward(AutogradContext*, const variable_list&) { TORCH_CHECK(false, NO_SECOND_ORDER); }
-};
-
-TwoTensors bn_backward(const OptionalTensor& dy, const Tensor& x, const OptionalTensor& residual, const Tensor& mask,
-                       const Tensor& scale, const Tensor& shift, const Tensor& mean, const OptionalTensor& dmean,
-                       const OptionalTensor& dvar, const Tensor& group_starts, c10::string_view act, double slope,
-                       bool want_dresidual) {
-  const variable_list out = BnBackward::apply(dy, x, residual, mask, scale, shift, mean, dmean, dvar, group_starts,
-                                              std::string(act), slope, want_dresidual);
-  return {out[0], out[1]};
-}
-
-struct GroupMomentsBackward : torch::autograd::Function<GroupMomentsBackward> {
-  static variable_list forward(AutogradContext*, const Tensor& x, const Tensor& mean, const OptionalTensor& dmean,
-                               const OptionalTensor& dvar, const Tensor& group_starts) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    return {group_moments_backward_op().call(x, mean, dmean, dvar, group_starts)};
-  }
-  static variable_list backward(AutogradContext*, const variable_list&) { TORCH_CHECK(false, NO_SECOND_ORDER); }
-};
-
-Tensor group_moments_backward(const Tensor& x, const Tensor& mean, const OptionalTensor& dmean, const OptionalTensor& dvar,
-                              const Tensor& group_starts) {
-  return GroupMomentsBackward::apply(x, mean, dmean, dvar, group_starts)[0];
-}
-
 }  // namespace
 }  // namespace bnfuse
 
@@ -406,9 +426,7 @@ TORCH_LIBRARY_IMPL(bnfuse_cpp, CompositeExplicitAutograd, m) { m.impl("frozen_co
 static void implement_autograd(torch::Library& m) {
   m.impl("bn_forward", &bnfuse::bn_forward);
   m.impl("bn_forward_with_targets", &bnfuse::bn_forward_with_targets);
-  m.impl("bn_backward", &bnfuse::bn_backward);
   m.impl("group_moments", &bnfuse::group_moments);
-  m.impl("group_moments_backward", &bnfuse::group_moments_backward);
   m.impl("bn_loss", &bnfuse::bn_loss);
 }
 
