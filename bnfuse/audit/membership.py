@@ -153,6 +153,8 @@ def run(context: Context, config: Config) -> Finding:
             _canaries(context, config, parts, result, canaries, reference)
         if config.shadows:
             _shadows(context, config, parts, result)
+        else:
+            result.notes.append("Shadow pipelines, the strongest attack here, were not tried at this budget.")
     panels = {"Loss, calibrated": {**result.calibrated, "overfitted network": control}}
     if result.shadows:
         panels["Shadow pipelines (LiRA)"] = {arm: scores["LiRA"] for arm, scores in result.shadows.items()}

@@ -15,7 +15,7 @@ from .findings import Figure
 from .intervals import CONFIDENCE, clopper_pearson
 
 FALSE_POSITIVE_RATES = (0.01, 0.001)  # Carlini et al., "Membership inference from first principles" (arXiv 2112.03570)
-COLOURS = {"original": "#d55e00", "synthetic": "#0072b2", "noised": "#009e73"}
+COLOURS = {"original": "#1d4ed8", "synthetic": "#c2410c", "noised": "#6b7280"}
 _STYLES = {"original": "--", "synthetic": "-", "noised": "-."}
 
 
@@ -131,7 +131,7 @@ def _draws(count: int, size: int, rng: torch.Generator) -> Tensor:
 
 
 def roc_plot(panels: Mapping[str, Mapping[str, Scores]]) -> Plot:
-    """ROC curves on logarithmic axes: a panel for each title, a line for each name (an arm, or a control in grey)."""
+    """ROC curves on logarithmic axes: a panel for each title, a line for each name (an arm, or a control)."""
     plot = Plot(figsize=(4.4 * len(panels), 4.2), layout="constrained")
     for axes, (title, lines) in zip(np.atleast_1d(plot.subplots(1, len(panels))), panels.items()):
         floor = 0.5 / max(len(scores.others) for scores in lines.values())
@@ -143,11 +143,11 @@ def roc_plot(panels: Mapping[str, Mapping[str, Scores]]) -> Plot:
                 np.maximum(tpr, floor),
                 where="post",
                 label=name,
-                color=COLOURS.get(name, "#777777"),
+                color=COLOURS.get(name, "#15803d"),
                 linestyle=_STYLES.get(name, ":"),
                 linewidth=1.6,
             )
-        axes.plot([floor, 1], [floor, 1], color="#bbbbbb", linewidth=1, label="chance")
+        axes.plot([floor, 1], [floor, 1], color="#d1d5db", linewidth=1, label="chance")
         for fpr in FALSE_POSITIVE_RATES:
             axes.axvline(fpr, color="#dddddd", linewidth=0.8, zorder=0)
         axes.set(xscale="log", yscale="log", xlim=(floor, 1), ylim=(floor, 1.15), title=title)

@@ -24,7 +24,7 @@ from ..models import Teacher, batchnorm_layers
 from ..statistics import ClassStatistics, record
 from .context import ARMS, Context
 from .findings import LEAK, NO_LEAK, Control, Figure, Finding, Row
-from .scores import Scores, roc_plot
+from .scores import COLOURS, Scores, roc_plot
 
 NAME, TITLE = "tracing", "Tracing in the statistics"
 NEEDS = {"heldout", "teacher", "statistics"}
@@ -50,7 +50,7 @@ class Config:
     counts: tuple[int, ...] = (5, 20, 40, 80, 160, 320, 640)
 
 
-BUDGETS = {"quick": Config(images=2000), "standard": Config(images=5000), "full": Config(images=20000)}
+BUDGETS = {"quick": Config(images=2000), "standard": Config(images=5000), "full": Config(images=10000)}
 
 _BOUNDS = (
     "What somebody learns about who was in the data, who has the teacher and the class statistics (column: originals), or the "
@@ -323,7 +323,7 @@ def _curve_plot(curve: dict[int, tuple[float, float, float]], whole: float) -> P
         color="#d55e00",
         label="statistics of some private images",
     )
-    axes.axhline(whole, color="#0072b2", linestyle="--", label="the recorded statistics, held-out strangers")
+    axes.axhline(whole, color=COLOURS["synthetic"], linestyle="--", label="the recorded statistics, held-out strangers")
     axes.axhline(0.5, color="#bbbbbb", label="chance")
     axes.set_xscale("log")
     axes.set_xticks(list(curve), [str(count) for count in curve])
