@@ -42,7 +42,7 @@ class Config:
     Attributes
     ----------
     student : how the students of tier 1 and the references are trained
-    images : at most so many private images for a student of tier 1; None, all
+    images : at most so many private images for a student of tier 1, and held-out ones for a reference; None, all
     overfitted, overfitted_images : the positive control's network, and how many private images it learns
     canaries, canary_images : how many canaries, and how many private images besides; no canaries, no tier 2
     shadows, shadow_images : how many reruns, each on half of so many private images; no shadows, no tier 3
@@ -81,14 +81,14 @@ BUDGETS = {
     ),
     "standard": Config(
         student=TrainConfig(model="resnet8", epochs=30, batch_size=64, shift=1),
-        images=4000,
+        images=2000,
         overfitted=_OVERFITTED,
         overfitted_images=500,
         canaries=100,
-        canary_images=1000,
+        canary_images=500,
         shadows=4,
-        shadow_images=1000,
-        pipeline=_pipeline(epochs=40, images_per_class=50, iterations=300),
+        shadow_images=800,
+        pipeline=_pipeline(epochs=40, images_per_class=20, iterations=200),
     ),
     "full": Config(
         student=TrainConfig(model="resnet20", epochs=60, batch_size=128, shift=1),
@@ -222,10 +222,10 @@ def _students(
 def _references(
     context: Context, config: Config, parts: _Parts, half: Tensor, **asked: ArrayDataset
 ) -> list[dict[str, Tensor]]:
-    """The confidences of two networks, each of which has learnt one half of the held-out images and no private one."""
+    """The confidences of two networks, which have learnt held-out images of one half each, and no private one."""
     found = []
     for i in range(2):
-        data = context.heldout.subset((half == i).nonzero().flatten())
+        data = context.heldout.subset((half == i).nonzero().flatten()[: config.images])
 
         def make(_, data=data, i=i) -> TrainResult:
             return learn(context, data, config.student, NAME, "reference", i)
