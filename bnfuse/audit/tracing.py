@@ -320,7 +320,7 @@ def _curve_plot(curve: dict[int, tuple[float, float, float]], whole: float) -> P
         yerr=bars,
         marker="o",
         capsize=3,
-        color="#d55e00",
+        color=COLOURS["original"],
         label="statistics of some private images",
     )
     axes.axhline(whole, color=COLOURS["synthetic"], linestyle="--", label="the recorded statistics, held-out strangers")
