@@ -93,7 +93,8 @@ def refuse_other_identity(root: Path, given: dict, card: dict, remedy: str = _OT
         existing["counts"] = None
     if isinstance(given.get("config"), dict) and isinstance(existing.get("config"), dict):
         # Fields that have come since are what they were by default.
-        existing["config"] = SynthesisConfig().to_card() | existing["config"]
+        defaults = SynthesisConfig().to_card()
+        existing["config"] = {k: defaults[k] for k in given["config"] if k in defaults} | existing["config"]
     refuse_differences(root, given, existing, "a dataset", remedy)
 
 
