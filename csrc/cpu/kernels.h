@@ -3,7 +3,7 @@
 //
 // Two walks over x [N, C, *spatial], L = product of the spatial sizes:
 //   planes   contiguous x as [N·C, L]: a plane is one sample's channel, one after the other
-//   columns  x as a table whose columns belong to channels: channels_last as [N·L, C], and contiguous x with small planes
+//   columns  x as a table whose columns belong to channels: channels_last as [N·L, C], and contiguous x with tiny planes
 //            as [N, C·L], so that the inner loops stay long
 #pragma once
 
@@ -14,9 +14,17 @@
 
 namespace bnfuse {
 
-// Rows [begin, end), all of one group: the unit of partial moments of the walk over columns.
+// Rows [begin, end), all of one group: the unit of partial moments. A row of the walk over planes is a sample.
 struct RowChunk {
   int64_t begin, end, group;
+};
+
+// How forward's walk over planes is cut into items: item i is channels tile i % channel_tiles of chunk i / channel_tiles. There
+// is one tile of channels, or one sample a chunk, so that an item's planes follow each other in memory.
+struct PlaneWalk {
+  int64_t tile_channels;  // channels of an item at most
+  int64_t channel_tiles;
+  const RowChunk* chunks;
 };
 
 constexpr int64_t COLUMN_TILE = 2048;  // columns of an item at most
@@ -43,7 +51,7 @@ struct Forward {
   const void* shift;             // A [C]
   void* y;                       // like x, or null: only the moments are wanted
   uint8_t* mask;                 // reference.pack_mask's layout, or null: no mask is needed
-  double* partial_mean;          // [partials, C], one partial a sample (planes) or a chunk (columns)
+  double* partial_mean;          // [partials, C], one partial a chunk
   double* partial_m2;            // [partials, C], Σ(x − mean)²
 };
 
@@ -67,11 +75,11 @@ struct Backward {
   void* dresidual;               // like x, or null
 };
 
-// Each function does the share [begin, end) of the planes or of the walk's items. Shares may run at the same time, and
+// Each function does the share [begin, end) of the walk's items, or (backward_planes) of the planes. Shares may run at the same time, and
 // how the work is cut into shares changes no bit of the result.
 struct Kernels {
   const char* instruction_set;
-  void (*forward_planes)(const Forward&, int64_t begin, int64_t end);
+  void (*forward_planes)(const Forward&, const PlaneWalk&, int64_t begin, int64_t end);
   void (*forward_columns)(const Forward&, const ColumnWalk&, int64_t begin, int64_t end);
   void (*backward_planes)(const Backward&, int64_t begin, int64_t end);
   void (*backward_columns)(const Backward&, const ColumnWalk&, int64_t begin, int64_t end);

@@ -5,7 +5,8 @@
 // compiler to vectorise: a tile is [rows, width], and the inner loop runs over `width` without a branch. All arithmetic is
 // in the accumulator's type A; narrower elements are converted tile by tile.
 //
-//   planes   a tile is a piece of one plane or (backward) some planes: each row has one channel, and one coefficient
+//   planes   a tile is a piece of one plane or some planes, as they follow in memory: each row has one channel, and one
+//            coefficient
 //   columns  a tile is some rows of some columns, every column has its own coefficients, and moments and output are one loop
 //
 // Everything sits in an unnamed namespace, and no header with code of its own is included but for the compiler's
@@ -33,12 +34,13 @@ constexpr int64_t VECTOR_BYTES = 32;
 constexpr int64_t VECTOR_BYTES = 16;
 #endif
 
-constexpr int64_t TILE_SIZE = 4096;    // elements of a tile at most
-constexpr int64_t PLANE_TILE = 4096;   // of a tile in the walk over planes; a multiple of 8: tiles share no mask byte
-constexpr int64_t PIVOT_ROWS = 8;      // of an item, whose mean its moments are taken about
-constexpr int64_t PIVOT_PLANES = 4;    // the same, where a row of the item holds whole planes
-constexpr int64_t SETTLED_ROWS = 64;   // are summed one after the other, before their sum joins others: squares of few kinds, such
-                                       // as pixels have, may lean when they are added to a sum hundreds of times their size
+constexpr int64_t TILE_SIZE = 4096;      // elements of a tile at most
+constexpr int64_t BACKWARD_TILE = 4096;  // of a tile in the walk over planes; a multiple of 8: tiles share no mask byte
+constexpr int64_t FORWARD_TILE = 1024;   // the same, where reading and writing take turns: so often that neither has to wait
+constexpr int64_t PIVOT_ROWS = 8;        // of an item, whose mean its moments are taken about
+constexpr int64_t PIVOT_PLANES = 4;      // the same, where a row of the item holds whole planes
+constexpr int64_t SETTLED_ROWS = 64;     // are summed one after the other, before their sum joins others: squares of few kinds,
+                                         // as pixels have, may lean when they are added to a sum hundreds of times their size
 
 // ---- spans of elements ----
 
@@ -81,6 +83,11 @@ struct Shape {
   int64_t rows, width;
 };
 
+// As one long row, where rows `stride` apart follow each other without a gap.
+BNFUSE_INLINE Shape without_gaps(Shape shape, int64_t stride) {
+  return stride == shape.width ? Shape{1, shape.rows * shape.width} : shape;
+}
+
 // Values of a tile: row r starts at data + r·stride.
 template <typename A>
 struct Tile {
@@ -94,7 +101,8 @@ Tile<const Accumulator<T>> load(const T* x, int64_t stride, Shape shape, Accumul
   if constexpr (std::is_same_v<T, Accumulator<T>>) {
     return {x, stride};
   } else {
-    for (int64_t r = 0; r < shape.rows; ++r) widen_span(x + r * stride, shape.width, buffer + r * shape.width);
+    const Shape spans = without_gaps(shape, stride);
+    for (int64_t r = 0; r < spans.rows; ++r) widen_span(x + r * stride, spans.width, buffer + r * spans.width);
     return {buffer, shape.width};
   }
 }
@@ -112,6 +120,7 @@ Tile<Accumulator<T>> target(T* out, int64_t stride, Shape shape, Accumulator<T>*
 template <typename A, typename T>
 void store(Tile<A> values, T* out, int64_t stride, Shape shape) {
   if (reinterpret_cast<void*>(values.data) == reinterpret_cast<void*>(out)) return;
+  if (values.stride == shape.width) shape = without_gaps(shape, stride);
   for (int64_t r = 0; r < shape.rows; ++r) {
     if constexpr (std::is_same_v<T, A>) {
       memcpy(out + r * stride, values.data + r * values.stride, shape.width * sizeof(T));
@@ -133,7 +142,7 @@ BNFUSE_INLINE A of(const A* values, int64_t r, int64_t i) {
   return values[SAME ? r : i];
 }
 
-// ---- moments of one channel ----
+// ---- vectors ----
 
 template <typename A>
 struct VectorOf;
@@ -150,27 +159,51 @@ struct VectorOf<double> {
   typedef Bits bits __attribute__((vector_size(VECTOR_BYTES)));
 };
 
-// The last elements of a span that do not fill a vector: the vector that ends with the span, of which `keep` leaves `count`.
 template <typename A>
-struct Tail {
-  using Bits = typename VectorOf<A>::bits;
-  static constexpr int64_t LANES = VECTOR_BYTES / sizeof(A);
-  Bits mask;
-
-  explicit Tail(int64_t count) {
-    for (int64_t lane = 0; lane < LANES; ++lane) mask[lane] = lane >= LANES - count ? -1 : 0;
-  }
-
-  BNFUSE_INLINE typename VectorOf<A>::type keep(typename VectorOf<A>::type v) const {
-    return (typename VectorOf<A>::type)((Bits)v & mask);
-  }
-};
+constexpr int64_t LANES = VECTOR_BYTES / sizeof(A);
 
 template <typename A>
 BNFUSE_INLINE typename VectorOf<A>::type load_vector(const A* x) {
   typename VectorOf<A>::type v;
   memcpy(&v, x, sizeof(v));
   return v;
+}
+
+template <typename A>
+BNFUSE_INLINE void store_vector(typename VectorOf<A>::type v, A* x) {
+  memcpy(x, &v, sizeof(v));
+}
+
+// Elements from x to the next multiple of a vector, at least one.
+template <typename A>
+BNFUSE_INLINE int64_t to_alignment(const A* x) {
+  return LANES<A> - int64_t(reinterpret_cast<uintptr_t>(x) / sizeof(A)) % LANES<A>;
+}
+
+// Every other lane of a and then of b: the first, third, … or the second, fourth, …
+template <typename A, bool ODD>
+BNFUSE_INLINE typename VectorOf<A>::type every_other(typename VectorOf<A>::type a, typename VectorOf<A>::type b) {
+#ifdef __clang__
+  typename VectorOf<A>::type lanes;
+  for (int64_t i = 0; i < LANES<A>; ++i) lanes[i] = 2 * i < LANES<A> ? a[2 * i + ODD] : b[2 * i + ODD - LANES<A>];
+  return lanes;
+#else
+  typename VectorOf<A>::bits from;
+  for (int64_t i = 0; i < LANES<A>; ++i) from[i] = 2 * i + ODD;
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
+// The sums of each of the vectors' lanes, in pairs: lane i of the result is that of vectors[i], and COUNT is LANES. One after
+// the other they would take as long as reading a small plane.
+template <typename A, int64_t COUNT = LANES<A>>
+BNFUSE_INLINE typename VectorOf<A>::type sum_each(const typename VectorOf<A>::type* vectors) {
+  if constexpr (COUNT == 1) {
+    return vectors[0];
+  } else {
+    const auto a = sum_each<A, COUNT / 2>(vectors), b = sum_each<A, COUNT / 2>(vectors + COUNT / 2);
+    return every_other<A, false>(a, b) + every_other<A, true>(a, b);
+  }
 }
 
 // The sum of values [COUNT], a power of two, in pairs.
@@ -185,28 +218,41 @@ BNFUSE_INLINE A sum_pairwise(const A* values) {
 
 template <typename A>
 BNFUSE_INLINE A sum_lanes(typename VectorOf<A>::type v) {
-  A lanes[VECTOR_BYTES / sizeof(A)];
-  memcpy(lanes, &v, sizeof(v));
-  return sum_pairwise<VECTOR_BYTES / sizeof(A)>(lanes);
+  A lanes[LANES<A>];
+  store_vector<A>(v, lanes);
+  return sum_pairwise<LANES<A>>(lanes);
+}
+
+// sums [LANES] of the lanes of vectors [rows] each, and zeros; the same bits however many rows there are.
+template <typename A>
+BNFUSE_INLINE void sum_rows(typename VectorOf<A>::type* vectors, int64_t rows, A* sums) {
+  if (4 * rows > LANES<A>) {
+    for (int64_t r = rows; r < LANES<A>; ++r) vectors[r] = typename VectorOf<A>::type{};
+    store_vector<A>(sum_each<A>(vectors), sums);
+  } else {
+    store_vector<A>(typename VectorOf<A>::type{}, sums);
+    for (int64_t r = 0; r < rows; ++r) sums[r] = sum_lanes<A>(vectors[r]);
+  }
 }
 
 template <typename A>
 A sum_span(const A* x, int64_t n) {
   using Vector = typename VectorOf<A>::type;
-  constexpr int64_t LANES = VECTOR_BYTES / sizeof(A);
   Vector sum0{}, sum1{}, sum2{}, sum3{};
   int64_t i = 0;
-  for (; i + 4 * LANES <= n; i += 4 * LANES) {
+  for (; i + 4 * LANES<A> <= n; i += 4 * LANES<A>) {
     sum0 += load_vector(x + i);
-    sum1 += load_vector(x + i + LANES);
-    sum2 += load_vector(x + i + 2 * LANES);
-    sum3 += load_vector(x + i + 3 * LANES);
+    sum1 += load_vector(x + i + LANES<A>);
+    sum2 += load_vector(x + i + 2 * LANES<A>);
+    sum3 += load_vector(x + i + 3 * LANES<A>);
   }
-  for (; i + LANES <= n; i += LANES) sum0 += load_vector(x + i);
+  for (; i + LANES<A> <= n; i += LANES<A>) sum0 += load_vector(x + i);
   A sum = sum_lanes<A>((sum0 + sum1) + (sum2 + sum3));
   for (; i < n; ++i) sum += x[i];
   return sum;
 }
+
+// ---- moments of planes, a channel each ----
 
 // Mean and Σ(x − mean)² of x [n] in float64, for what overflows float32 on the way.
 template <typename A>
@@ -218,25 +264,35 @@ void exact_moments(const A* x, int64_t n, double& mean, double& m2) {
   for (int64_t i = 0; i < n; ++i) m2 += (double(x[i]) - mean) * (double(x[i]) - mean);
 }
 
-// Pieces of planes, all n elements long: what their moments need that is the same for each of them.
+// Planes or pieces of planes, all n elements long: what their moments need that is the same for each of them.
 //
-// First the mean of a piece, then first and second moments about it: what rounding took from the mean comes back through
+// First the mean of a plane, then first and second moments about it: what rounding took from the mean comes back through
 // the first moment, and a mean far larger than the deviation does not cancel.
 template <typename A>
 struct Span {
   using Vector = typename VectorOf<A>::type;
-  static constexpr int64_t LANES = VECTOR_BYTES / sizeof(A);
+  using Bits = typename VectorOf<A>::bits;
+  static constexpr int64_t LANES = bnfuse::LANES<A>;
   int64_t n, whole;  // elements; those of whole vectors
   double share;      // 1/n
-  Tail<A> tail;
+  Bits rest;         // of the vector that ends with the span, the lanes that are in no whole vector
 
-  explicit Span(int64_t n) : n(n), whole(n / LANES * LANES), share(1.0 / double(n)), tail(n % LANES) {}
+  explicit Span(int64_t n) : n(n), whole(n / LANES * LANES), share(1.0 / double(n)) {
+    for (int64_t lane = 0; lane < LANES; ++lane) rest[lane] = lane >= LANES - (n - whole) ? -1 : 0;
+  }
 
-  // The vector that ends with the span, less what `whole` has.
-  BNFUSE_INLINE Vector load_tail(const A* x) const { return load_vector(x + n - LANES); }
+  // The vector that ends with the span; a shorter span fills its last lanes.
+  BNFUSE_INLINE Vector load_last(const A* x) const {
+    if (n >= LANES) return load_vector(x + n - LANES);
+    A lanes[LANES] = {};
+    memcpy(lanes + LANES - n, x, n * sizeof(A));
+    return load_vector(lanes);
+  }
 
-  A sum(const A* x) const {
-    if (n < LANES) return sum_span(x, n);
+  BNFUSE_INLINE Vector keep_rest(Vector v) const { return (Vector)((Bits)v & rest); }
+
+  // Lanes whose sum is that of x [n].
+  BNFUSE_INLINE Vector sum(const A* x) const {
     Vector sum0{}, sum1{}, sum2{}, sum3{};
     int64_t i = 0;
     for (; i + 4 * LANES <= whole; i += 4 * LANES) {
@@ -246,13 +302,12 @@ struct Span {
       sum3 += load_vector(x + i + 3 * LANES);
     }
     for (; i < whole; i += LANES) sum0 += load_vector(x + i);
-    if (whole != n) sum1 += tail.keep(load_tail(x));
-    return sum_lanes<A>((sum0 + sum1) + (sum2 + sum3));
+    if (whole != n) sum1 += keep_rest(load_last(x));
+    return (sum0 + sum1) + (sum2 + sum3);
   }
 
-  // mean and m2 of x [n], all of one channel.
-  void moments(const A* x, double& mean, double& m2) const {
-    const A pivot = sum(x) * A(share);
+  // Lanes whose sums are Σ(x − pivot) and Σ(x − pivot)² of x [n].
+  BNFUSE_INLINE void sums_about(const A* x, A pivot, Vector& s, Vector& q) const {
     Vector s0{}, s1{}, q0{}, q1{};
     int64_t i = 0;
     for (; i + 2 * LANES <= whole; i += 2 * LANES) {
@@ -268,22 +323,36 @@ struct Span {
       s0 += d;
       q0 += d * d;
     }
-    A s_rest = 0, q_rest = 0;
-    if (whole != n && n >= LANES) {
-      const Vector d = tail.keep(load_tail(x) - pivot);
+    if (whole != n) {
+      const Vector d = keep_rest(load_last(x) - pivot);
       s1 += d;
       q1 += d * d;
-    } else {
-      for (; i < n; ++i) {
-        const A d = x[i] - pivot;
-        s_rest += d;
-        q_rest += d * d;
-      }
     }
-    const double s = double(sum_lanes<A>(s0 + s1) + s_rest), q = double(sum_lanes<A>(q0 + q1) + q_rest);
-    mean = double(pivot) + s * share;
-    m2 = centred_m2(s, q, share);
-    if (!is_finite(m2)) exact_moments(x, n, mean, m2);
+    s = s0 + s1;
+    q = q0 + q1;
+  }
+
+  // mean and m2 [rows] of x [rows, n], rows ≤ LANES; both have room for LANES.
+  void moments(const A* x, int64_t rows, double* __restrict mean, double* __restrict m2) const {
+    Vector s_lanes[LANES], q_lanes[LANES];
+    A pivot[LANES], s[LANES], q[LANES];
+    for (int64_t r = 0; r < rows; ++r) s_lanes[r] = sum(x + r * n);
+    sum_rows<A>(s_lanes, rows, pivot);
+    for (int64_t r = 0; r < LANES; ++r) pivot[r] *= A(share);
+    for (int64_t r = 0; r < rows; ++r) sums_about(x + r * n, pivot[r], s_lanes[r], q_lanes[r]);
+    sum_rows<A>(s_lanes, rows, s);
+    sum_rows<A>(q_lanes, rows, q);
+    int64_t finite = 1;  // as wide as a double, for the loop to vectorise
+    for (int64_t r = 0; r < LANES; ++r) {
+      const double off = double(s[r]) / double(n);  // not s·share: where all are alike, m2 is 0 to the last bit
+      mean[r] = double(pivot[r]) + off;
+      m2[r] = double(q[r]) - double(s[r]) * off;
+      m2[r] = m2[r] < 0 ? 0 : m2[r];  // rounding alone makes it negative; NaN stays
+      finite &= is_finite(m2[r]);
+    }
+    if (finite) return;
+    for (int64_t r = 0; r < rows; ++r)
+      if (!is_finite(m2[r])) exact_moments(x + r * n, n, mean[r], m2[r]);
   }
 };
 
@@ -475,7 +544,7 @@ void unpack_tile(MaskTile mask, Shape shape, uint8_t* flags) {
       unpack(mask.bits + r * mask.row_stride + k * mask.segment_stride, mask.length, flags + r * shape.width + i);
 }
 
-// ---- forward, a tile of one channel: y = act(scale·x + shift (+ residual)), and the flags of the mask ----
+// ---- forward, a tile of planes: y = act(scale·x + shift (+ residual)), and the flags of the mask ----
 
 // flags [rows·width], written where a mask is needed.
 template <typename A>
@@ -486,18 +555,32 @@ template <typename A, Act ACT, bool RESIDUAL>
 void apply(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape shape, Coefficients<A> coefficients, A slope,
            uint8_t* flags) {
   constexpr bool MASK = RESIDUAL && (ACT == Act::relu || ACT == Act::relu6 || ACT == Act::leaky_relu);
-  const A scale = coefficients.scale[0], shift = coefficients.shift[0];
   for (int64_t r = 0; r < shape.rows; ++r) {
-    const A* __restrict x_row = x.data + r * x.stride;
-    const A* __restrict residual_row = RESIDUAL ? residual.data + r * residual.stride : nullptr;
-    A* __restrict y_row = y.data + r * y.stride;
-    uint8_t* __restrict flags_row = MASK ? flags + r * shape.width : nullptr;
-    for (int64_t i = 0; i < shape.width; ++i) {
+    const A* x_row = x.data + r * x.stride;
+    const A* residual_row = RESIDUAL ? residual.data + r * residual.stride : nullptr;
+    A* y_row = y.data + r * y.stride;
+    uint8_t* flags_row = MASK ? flags + r * shape.width : nullptr;
+    const A scale = coefficients.scale[r], shift = coefficients.shift[r];
+    const auto apply_element = [&](int64_t i) __attribute__((always_inline)) {
       A z = scale * x_row[i] + shift;
       if (RESIDUAL) z += residual_row[i];
       if (MASK) flags_row[i] = on_upper_slope<ACT>(z);
       y_row[i] = activation<ACT>(z, slope);
-    }
+    };
+    const auto apply_vector = [&](int64_t begin) __attribute__((always_inline)) {
+#pragma GCC ivdep
+#pragma GCC unroll 1
+      for (int64_t i = 0; i < LANES<A>; ++i) apply_element(begin + i);
+    };
+    // Whole vectors alone where there is one, since short rows would spend most of their time on what is left over: the first,
+    // then those to which y is aligned, whose stores touch one line of the cache each, then the last. Memory is written in order.
+    const bool vectors = shape.width >= LANES<A>;
+    const int64_t begin = vectors ? to_alignment(y_row) : 0;
+    const int64_t end = vectors ? begin + (shape.width - begin) / LANES<A> * LANES<A> : shape.width;
+    if (vectors) apply_vector(0);
+#pragma GCC ivdep
+    for (int64_t i = begin; i < end; ++i) apply_element(i);
+    if (end < shape.width) apply_vector(shape.width - LANES<A>);
   }
 }
 
@@ -745,41 +828,79 @@ struct BackwardTile {
   }
 };
 
-// ---- the walk over planes: [begin, end) of the N·C planes [L] ----
+// ---- the walk over planes, [N·C, L] in memory's order ----
 
-// Calls tile(plane, first element in the plane, shape) for every tile.
-template <typename Function>
-BNFUSE_INLINE void for_each_plane_tile(int64_t plane_size, int64_t begin, int64_t end, const Function& tile) {
-  for (int64_t plane = begin; plane < end; ++plane)
-    for (int64_t i = 0; i < plane_size; i += PLANE_TILE)
-      tile(plane, i, Shape{1, plane_size - i < PLANE_TILE ? plane_size - i : PLANE_TILE});
-}
+// The moments of an item's channels, to which its planes are added as they follow: all channels of a sample, then the next's.
+struct ItemMoments {
+  double *mean, *m2;  // [channels]
+  int64_t channels, plane_size;
+  int64_t channel = 0;  // of the next plane
+  int64_t before = 0;   // elements of a channel in the samples before
+  MergeWeights weights;
 
+  ItemMoments(double* mean, double* m2, int64_t channels, int64_t plane_size)
+      : mean(mean), m2(m2), channels(channels), plane_size(plane_size), weights(merge_weights(0, double(plane_size))) {
+    for (int64_t c = 0; c < channels; ++c) mean[c] = m2[c] = 0;
+  }
+
+  // The moments of the next planes, mean_b and m2_b [planes].
+  void add(const double* mean_b, const double* m2_b, int64_t planes) {
+    for (int64_t i = 0; i < planes;) {
+      const int64_t here = planes - i < channels - channel ? planes - i : channels - channel;  // of one sample
+#pragma GCC ivdep
+      for (int64_t k = 0; k < here; ++k) merge_moments(mean[channel + k], m2[channel + k], mean_b[i + k], m2_b[i + k], weights);
+      i += here;
+      channel += here;
+      if (channel < channels) continue;
+      channel = 0;
+      before += plane_size;
+      weights = merge_weights(double(before), double(plane_size));
+    }
+  }
+};
+
+// Items [begin, end). A tile is a piece of a plane, or some planes, of one sample or of several.
 template <typename T>
-void forward_planes_of(const Forward& f, int64_t begin, int64_t end) {
+void forward_planes_of(const Forward& f, const PlaneWalk& walk, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   ForwardTile<T, true> forward_tile(f);
-  const Span<A> whole_tile(f.plane_size < PLANE_TILE ? f.plane_size : PLANE_TILE);
-  const Span<A> last_tile((f.plane_size - 1) % PLANE_TILE + 1);
-  double mean = 0, m2 = 0;
-  for_each_plane_tile(f.plane_size, begin, end, [&](int64_t plane, int64_t i, Shape shape) {
-    const int64_t c = plane % f.channels, at = plane * f.plane_size + i;
-    const Coefficients<A> coefficients{static_cast<const A*>(f.scale) + c, static_cast<const A*>(f.shift) + c, nullptr,
-                                       nullptr, nullptr};
-    const Tile<const A> x = forward_tile.load_x(at, shape.width, shape);
-    const Span<A>& span = shape.width == whole_tile.n ? whole_tile : last_tile;
-    if (i == 0) {
-      span.moments(x.data, mean, m2);
-    } else {
-      double mean_here, m2_here;
-      span.moments(x.data, mean_here, m2_here);
-      merge_moments(mean, m2, mean_here, m2_here, merge_weights(double(i), double(shape.width)));
+  const int64_t width = f.plane_size < FORWARD_TILE ? f.plane_size : FORWARD_TILE;
+  const int64_t most = FORWARD_TILE / width < LANES<A> ? FORWARD_TILE / width : LANES<A>;
+  const Span<A> whole_tile(width), last_tile((f.plane_size - 1) % FORWARD_TILE + 1);
+  A scale[LANES<A>], shift[LANES<A>];  // of each row of a tile
+  double mean[LANES<A>], m2[LANES<A>], piece_mean[LANES<A>], piece_m2[LANES<A>];
+  const Coefficients<A> coefficients{scale, shift, nullptr, nullptr, nullptr};
+
+  for (int64_t number = begin; number < end; ++number) {
+    const int64_t chunk = number / walk.channel_tiles, first = number % walk.channel_tiles * walk.tile_channels;
+    const int64_t left = f.channels - first, channels = left < walk.tile_channels ? left : walk.tile_channels;
+    const RowChunk samples = walk.chunks[chunk];
+    const int64_t at_moments = chunk * f.channels + first;
+    ItemMoments moments(f.partial_mean + at_moments, f.partial_m2 + at_moments, channels, f.plane_size);
+    const int64_t last_plane = (samples.end - 1) * f.channels + first + channels;
+    for (int64_t plane = samples.begin * f.channels + first, rows; plane < last_plane; plane += rows) {
+      rows = last_plane - plane < most ? last_plane - plane : most;
+      for (int64_t r = 0, c = moments.channel; f.y && r < rows; ++r, c = c + 1 < channels ? c + 1 : 0) {
+        scale[r] = static_cast<const A*>(f.scale)[first + c];
+        shift[r] = static_cast<const A*>(f.shift)[first + c];
+      }
+      for (int64_t i = 0; i < f.plane_size; i += FORWARD_TILE) {
+        const Shape shape{rows, f.plane_size - i < width ? f.plane_size - i : width};
+        const int64_t at = plane * f.plane_size + i, bytes = mask_bytes(f.plane_size);
+        const Tile<const A> x = forward_tile.load_x(at, f.plane_size, shape);
+        const Span<A>& span = shape.width == whole_tile.n ? whole_tile : last_tile;
+        span.moments(x.data, rows, piece_mean, piece_m2);
+        const MergeWeights weights = merge_weights(double(i), double(shape.width));
+        for (int64_t r = 0; r < rows; ++r) {
+          if (i == 0) mean[r] = m2[r] = 0;
+          merge_moments(mean[r], m2[r], piece_mean[r], piece_m2[r], weights);
+        }
+        const MaskTile mask{f.mask ? f.mask + plane * bytes + i / 8 : nullptr, shape.width, 0, bytes};
+        if (f.y) forward_tile(x, at, f.plane_size, shape, coefficients, mask);
+      }
+      moments.add(mean, m2, rows);
     }
-    const MaskTile mask{f.mask ? f.mask + plane * mask_bytes(f.plane_size) + i / 8 : nullptr, shape.width, 0, 0};
-    if (f.y) forward_tile(x, at, shape.width, shape, coefficients, mask);
-    f.partial_mean[plane] = mean;
-    f.partial_m2[plane] = m2;
-  });
+  }
 }
 
 // A tile is a piece of a plane, or some planes of one sample: memory is read in its order, however small the planes.
@@ -787,8 +908,8 @@ template <typename T>
 void backward_planes_of(const Backward& f, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
   BackwardTile<T, true> backward_tile(f);
-  A a[PLANE_TILE], b[PLANE_TILE];  // of each row of a tile
-  const int64_t width = f.plane_size < PLANE_TILE ? f.plane_size : PLANE_TILE, most = PLANE_TILE / width;
+  A a[BACKWARD_TILE], b[BACKWARD_TILE];  // of each row of a tile
+  const int64_t width = f.plane_size < BACKWARD_TILE ? f.plane_size : BACKWARD_TILE, most = BACKWARD_TILE / width;
   for (int64_t plane = begin, rows; plane < end; plane += rows) {
     const int64_t c = plane % f.channels, group = f.sample_groups[plane / f.channels];
     const int64_t g_c = group * f.channels + c, left = f.channels - c < end - plane ? f.channels - c : end - plane;
@@ -800,7 +921,7 @@ void backward_planes_of(const Backward& f, int64_t begin, int64_t end) {
     }
     const Coefficients<A> coefficients{static_cast<const A*>(f.scale) + c, static_cast<const A*>(f.shift) + c,
                                        static_cast<const A*>(f.mean) + g_c, a, b};
-    for (int64_t i = 0; i < f.plane_size; i += PLANE_TILE) {
+    for (int64_t i = 0; i < f.plane_size; i += BACKWARD_TILE) {
       const Shape shape{rows, f.plane_size - i < width ? f.plane_size - i : width};
       const int64_t bytes = mask_bytes(f.plane_size);
       const MaskTile mask{f.mask ? const_cast<uint8_t*>(f.mask) + plane * bytes + i / 8 : nullptr, shape.width, 0, bytes};
@@ -958,8 +1079,8 @@ void backward_columns_of(const Backward& f, const ColumnWalk& walk, int64_t begi
     case DType::float16: return function<Half>(__VA_ARGS__);            \
   }
 
-void forward_planes(const Forward& f, int64_t begin, int64_t end) {
-  BNFUSE_BY_DTYPE(f.dtype, forward_planes_of, f, begin, end)
+void forward_planes(const Forward& f, const PlaneWalk& walk, int64_t begin, int64_t end) {
+  BNFUSE_BY_DTYPE(f.dtype, forward_planes_of, f, walk, begin, end)
 }
 
 void forward_columns(const Forward& f, const ColumnWalk& walk, int64_t begin, int64_t end) {

@@ -25,11 +25,11 @@ namespace bnfuse {
 namespace {
 
 constexpr int64_t ELEMENTS_PER_THREAD = 32768;  // fewer do not pay for waking a thread
-constexpr int64_t SMALL_PLANE = 128;            // planes of up to as many elements are walked as columns by forward,
-constexpr int64_t TINY_PLANE = 16;              // and of up to as many by backward, which has nothing to add up
+constexpr int64_t TINY_PLANE = 16;              // planes of up to as many elements are walked as columns
 constexpr int64_t FOLDED_WIDTH = 256;           // narrower rows are folded until a long row has as many columns
 constexpr int64_t ITEM_WIDTH = 1024;            // columns of an item at most: their sums and coefficients stay in cache
 constexpr int64_t ITEM_ELEMENTS = 65536;        // of the walk over columns, about
+constexpr int64_t PLANE_ITEM_ELEMENTS = 131072; // of the walk over planes, at most
 constexpr int64_t ITEMS = 32;                   // are enough to keep threads equally busy
 
 // ---- the groups, checked ----
@@ -56,8 +56,36 @@ void in_parallel(int64_t items, int64_t elements, const Run& run) {
 }
 
 // Whether x is walked as planes; otherwise as columns (see kernels.h).
-bool forward_walks_planes(const Input& input) { return input.planes && input.plane_size > SMALL_PLANE; }
-bool backward_walks_planes(const Input& input) { return input.planes && input.plane_size > TINY_PLANE; }
+bool walks_planes(const Input& input) { return input.planes && input.plane_size > TINY_PLANE; }
+
+// [begin, end) of each group in steps of `step` rows, of which a sample has `rows_a_sample`.
+std::vector<RowChunk> chunks_of(const std::vector<int64_t>& group_starts, int64_t rows_a_sample, int64_t step) {
+  std::vector<RowChunk> chunks;
+  for (size_t group = 0; group + 1 < group_starts.size(); ++group) {
+    const int64_t end = group_starts[group + 1] * rows_a_sample;
+    for (int64_t row = group_starts[group] * rows_a_sample; row < end; row += step)
+      chunks.push_back({row, std::min(row + step, end), static_cast<int64_t>(group)});
+  }
+  return chunks;
+}
+
+// The walk over planes with its chunks, cut by shapes alone (see CutColumns).
+struct CutPlanes {
+  std::vector<RowChunk> chunks;
+  PlaneWalk walk;
+  int64_t items() const { return static_cast<int64_t>(chunks.size()) * walk.channel_tiles; }
+
+  CutPlanes(const Input& input, const std::vector<int64_t>& group_starts) {
+    const int64_t channels = std::max<int64_t>(1, input.channels);
+    const int64_t sample = std::max<int64_t>(1, channels * input.plane_size);  // elements
+    const int64_t item = std::clamp(group_starts.back() * sample / ITEMS, ELEMENTS_PER_THREAD, PLANE_ITEM_ELEMENTS);
+    walk.channel_tiles = std::min((sample + item - 1) / item, channels);
+    walk.tile_channels = (channels + walk.channel_tiles - 1) / walk.channel_tiles;
+    walk.channel_tiles = (channels + walk.tile_channels - 1) / walk.tile_channels;
+    chunks = chunks_of(group_starts, 1, std::max<int64_t>(1, item / sample));
+    walk.chunks = chunks.data();
+  }
+};
 
 // The walk over columns with its chunks. How it is cut depends on shapes alone, so that the sums run in one order
 // whatever the number of threads.
@@ -82,11 +110,7 @@ struct CutColumns {
     const auto too_few = [&] { return rows / (long_rows * walk.fold) * walk.channel_tiles < wanted; };
     while (too_few() && long_rows > 64) long_rows /= 2;
     for (; too_few() && width >= 512; width /= 2) cut_channels(channels, 2 * ((columns + width - 1) / width));
-    for (size_t group = 0; group + 1 < group_starts.size(); ++group) {
-      const int64_t end = group_starts[group + 1] * rows_a_sample, step = walk.fold * long_rows;
-      for (int64_t row = group_starts[group] * rows_a_sample; row < end; row += step)
-        chunks.push_back({row, std::min(row + step, end), static_cast<int64_t>(group)});
-    }
+    chunks = chunks_of(group_starts, rows_a_sample, walk.fold * long_rows);
     walk.chunks = chunks.data();
   }
 
@@ -145,19 +169,16 @@ void merge_partials(const double* partial_mean, const double* partial_m2, const 
 // Runs the forward pass described by `f`, whose y, residual, scale, shift and mask are set; returns mean, var [G, C].
 std::tuple<Tensor, Tensor> run_forward(Forward f, const Input& input, const Tensor& x,
                                        const std::vector<int64_t>& group_starts) {
-  const bool planes = forward_walks_planes(input);
+  std::optional<CutPlanes> planes;
   std::optional<CutColumns> columns;
+  if (walks_planes(input)) planes.emplace(input, group_starts);
+  else columns.emplace(input, group_starts);
+  const int64_t elements_a_row = planes ? input.plane_size : columns->walk.run;  // of one channel
   std::vector<int64_t> groups;
   std::vector<double> counts;
-  if (planes) {
-    groups = groups_of_samples(group_starts);
-    counts.assign(groups.size(), static_cast<double>(input.plane_size));
-  } else {
-    columns.emplace(input, group_starts);
-    for (const RowChunk& chunk : columns->chunks) {
-      groups.push_back(chunk.group);
-      counts.push_back(static_cast<double>((chunk.end - chunk.begin) * columns->walk.run));
-    }
+  for (const RowChunk& chunk : planes ? planes->chunks : columns->chunks) {
+    groups.push_back(chunk.group);
+    counts.push_back(static_cast<double>((chunk.end - chunk.begin) * elements_a_row));
   }
   const int64_t partials = static_cast<int64_t>(groups.size());
   const int64_t group_count = static_cast<int64_t>(group_starts.size()) - 1;
@@ -172,8 +193,8 @@ std::tuple<Tensor, Tensor> run_forward(Forward f, const Input& input, const Tens
   f.partial_mean = workspace.get();
   f.partial_m2 = f.partial_mean + partials * input.channels;
   if (planes) {
-    in_parallel(input.samples * input.channels, x.numel(),
-                [&](int64_t begin, int64_t end) { kernels().forward_planes(f, begin, end); });
+    in_parallel(planes->items(), x.numel(),
+                [&](int64_t begin, int64_t end) { kernels().forward_planes(f, planes->walk, begin, end); });
   } else {
     in_parallel(columns->items(), x.numel(),
                 [&](int64_t begin, int64_t end) { kernels().forward_columns(f, columns->walk, begin, end); });
@@ -255,7 +276,7 @@ void run_backward(Backward f, const Input& input, const Tensor& x, const Tensor&
   f.dmean = data(dmean_c);
   f.dvar = data(dvar_c);
   f.counts = counts.data();
-  if (backward_walks_planes(input)) {
+  if (walks_planes(input)) {
     const std::vector<int64_t> groups = groups_of_samples(group_starts);
     f.sample_groups = groups.data();
     in_parallel(input.samples * input.channels, x.numel(),
