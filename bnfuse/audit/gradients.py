@@ -24,6 +24,8 @@ from .findings import Control, Finding, Row
 from .recovery import (
     BOUNDS,
     DOES_NOT_BOUND,
+    GAIN,
+    LEVEL,
     NEAREST,
     Comparison,
     compared,
@@ -127,8 +129,10 @@ def run(context: Context, config: Config) -> Finding:
         notes=[
             "The attacked network has three convolutions with sigmoids, as DLG's; with ReLUs, strides, batch normalisation or "
             "larger batches all three attacks recover less.",
-            "Labels are read off the sign of the last layer's gradient. Images of one batch are of different classes, so that "
-            "this gives them all; DLG finds labels by itself. Batches are compared in their best order.",
+            "iDLG and inverting gradients read labels off the last layer's gradient, for which the images of a batch are of "
+            "different classes; DLG finds labels by itself. What is recovered of a batch is compared in the best order.",
+            f"Nearer to private images than held-out ones means: by Mann and Whitney's test at {100 * LEVEL:g} % over all "
+            f"attacks. A leak is that, and nearer by {GAIN:g} dB than the synthetic images are.",
         ],
     )
 
@@ -177,10 +181,11 @@ def gradient(network: nn.Module, images: Tensor, targets: Tensor, *, differentia
 def read_labels(shared: tuple[Tensor, ...], count: int) -> Tensor:
     """The labels of `count` images of different classes, int64 [count], from the signs of the last layer's gradient.
 
-    Its row k is the sum over images of (p_k − [label is k]) times features that sigmoids made positive: negative for labels.
+    Its row k is the sum over images of (p_k − [label is k]) times features that sigmoids made positive, so of one image only
+    the label's is negative (iDLG). Of several, the rows with the lowest elements are taken (Yin et al. 2021), mostly rightly.
     """
-    rows = shared[-2].sum(1)  # [K]
-    return rows.topk(count, largest=False).indices.sort().values
+    lowest = shared[-2].amin(1)  # [K]
+    return lowest.topk(count, largest=False).indices.sort().values
 
 
 def match(

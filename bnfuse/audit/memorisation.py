@@ -25,6 +25,8 @@ from .intervals import clopper_pearson
 from .recovery import (
     BOUNDS,
     DOES_NOT_BOUND,
+    GAIN,
+    LEVEL,
     NEAREST,
     Comparison,
     compared,
@@ -60,16 +62,16 @@ class Config:
     images: int | None
     epochs: int
     batch_size: int = 64
-    lr: float = 2e-3
+    lr: float = 4e-3
     low_bits: int = 8
-    sign: float = 50.0
+    sign: float = 200.0
     correlation: float = 3.0
     memorising: int = 200
     heldout: int = 1000
 
 
 BUDGETS = {
-    "quick": Config(hidden=(40, 20, 40, 3), images=1000, epochs=6),
+    "quick": Config(hidden=(40, 20, 40, 2), images=1000, epochs=6),
     "standard": Config(hidden=(40, 20, 100, 3), images=10_000, epochs=10, batch_size=128),
     "full": Config(hidden=(200, 40, 300, 10), images=None, epochs=30, batch_size=128, memorising=1000),
 }
@@ -109,6 +111,8 @@ def run(context: Context, config: Config) -> Finding:
             "normalisation. Accuracy is on the held-out images; the honest network is the same one without anything hidden.",
             "Correlated values hide no bits but the pixels themselves, so the figure is a correlation. Every other attack "
             "hides bits under a keystream, so that chance is one half.",
+            f"Nearer to private images than held-out ones means: by Mann and Whitney's test at {100 * LEVEL:g} % over all "
+            f"attacks. A leak is that, and nearer by {GAIN:g} dB than the synthetic images are.",
         ],
     )
 
@@ -145,17 +149,23 @@ def _parameters(context: Context) -> int:
     return sum(parameter.numel() for parameter in _network(context, 0).parameters())
 
 
+def _matrices(network: nn.Module) -> list[nn.Parameter]:
+    """Weight matrices and kernels, the largest first: its weights are small and many, so that they are easily moved."""
+    matrices = [parameter for parameter in network.parameters() if parameter.ndim > 1]
+    return sorted(matrices, key=lambda matrix: -matrix.numel())
+
+
 def weights(network: nn.Module) -> Tensor:
-    """All weight matrices and kernels as one vector, without biases, with their graph."""
-    return torch.cat([parameter.flatten() for parameter in network.parameters() if parameter.ndim > 1])
+    """All of `_matrices` as one vector, with its graph."""
+    return torch.cat([matrix.flatten() for matrix in _matrices(network)])
 
 
 def set_weights(network: nn.Module, vector: Tensor) -> None:
     """The inverse of `weights`."""
-    matrices = [parameter for parameter in network.parameters() if parameter.ndim > 1]
+    matrices = _matrices(network)
     with torch.no_grad():
-        for parameter, part in zip(matrices, vector.split([matrix.numel() for matrix in matrices])):
-            parameter.copy_(part.view_as(parameter))
+        for matrix, part in zip(matrices, vector.split([matrix.numel() for matrix in matrices])):
+            matrix.copy_(part.view_as(matrix))
 
 
 def _batches(inputs: Tensor, labels: Tensor, config: Config, rng: torch.Generator):
