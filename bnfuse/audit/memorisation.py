@@ -72,8 +72,8 @@ class Config:
 
 BUDGETS = {
     "quick": Config(hidden=(40, 20, 40, 2), images=1000, epochs=6),
-    "standard": Config(hidden=(40, 20, 100, 3), images=10_000, epochs=10, batch_size=128),
-    "full": Config(hidden=(200, 40, 300, 10), images=None, epochs=30, batch_size=128, memorising=1000),
+    "standard": Config(hidden=(40, 20, 100, 1), images=10_000, epochs=10, batch_size=128),
+    "full": Config(hidden=(100, 20, 150, 3), images=None, epochs=30, batch_size=128, memorising=1000),
 }
 
 
@@ -320,9 +320,10 @@ def _attacked(context: Context, config: Config, arm: str, attack: str) -> dict[s
     bits_a_label = int(math.log2(context.num_classes))
     hidden = _hidden(data, chosen, config, attack, weights(network).numel())
     bits = to_bits(hidden, key)
-    made_up = made_up_inputs(math.ceil(len(bits) / bits_a_label), context.image_shape, key + 1).to(device)
-    spelt = labels_of(bits, bits_a_label).to(device)
     values = hidden.flatten().float().to(device)
+    if attack == CAPACITY:
+        spelt = labels_of(bits, bits_a_label).to(device)
+        made_up = made_up_inputs(len(spelt), context.image_shape, key + 1).to(device)
     rng = context.rng(NAME, "batches", arm, attack)
 
     def read(network: nn.Module) -> Tensor:
