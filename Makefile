@@ -33,7 +33,7 @@ bench-quick: install  ## a part of that, into benchmarks/results/quick.json
 GPU_PYTHON ?= python3
 OUT ?= benchmarks/results
 GPU_BENCH := $(GPU_PYTHON) -m pytest benchmarks -q --device cuda --batch 256 --layout channels_last
-GPU_NEEDS := PIL hypothesis numpy pytest pytest_benchmark safetensors setuptools torch torchvision tqdm triton
+GPU_NEEDS := PIL hypothesis jinja2 numpy pytest pytest_benchmark safetensors setuptools torch torchvision tqdm triton
 GPU_ARCHITECTURE = $(GPU_PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())'
 
 gpu:  ## builds the CUDA kernels in place, runs the GPU tests, then the benchmarks of the ImageNet networks
@@ -57,8 +57,8 @@ $(VENV)/.dependencies: constraints.txt pyproject.toml
 	@command -v $${CXX:-c++} >/dev/null || { echo "bnfuse needs a C++17 compiler; on Debian: apt install g++"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(PIP) install -c constraints.txt setuptools wheel numpy pillow safetensors tqdm scikit-learn \
-		torchvision timm triton pytest hypothesis expecttest pytest-timeout pytest-benchmark matplotlib \
+	$(PIP) install -c constraints.txt setuptools wheel numpy pillow safetensors tqdm scikit-learn jinja2 \
+		torchmetrics scipy torchvision timm triton pytest hypothesis expecttest pytest-timeout pytest-benchmark matplotlib \
 		datasets webdataset tensorboard
 	touch $@
 

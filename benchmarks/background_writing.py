@@ -2,8 +2,9 @@
 
     python benchmarks/background_writing.py [--quick]
 
-Units of images of noise are committed to a store while a network runs forward and backward; the seconds a unit are printed
-for work alone, work and then writing, and both at once. One thread of torch, so that a second core is free.
+Units of images of noise, which no encoder can make small, are committed to a store while a network runs forward and backward:
+seconds a unit of work alone, of work and then writing, and of both at once. One thread of torch, so that a second core is free.
+Figures go to benchmarks/results/background_writing.json; `--quick` takes few and small images and writes nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from results_file import write_result
 
 from bnfuse.networks import CifarResNet
 from bnfuse.store import ImageRecord, Store
@@ -26,7 +28,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few and small images")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    units, count, size = (3, 20, 64) if args.quick else (4, 100, 224)
+    units, count, size = (3, 20, 64) if args.quick else (10, 100, 224)
     images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
     model, x = CifarResNet(20), torch.randn(2, 3, size, size)
 
@@ -48,14 +50,19 @@ def main() -> None:
         return [ImageRecord(0, unit * count + i, 0, {}) for i in range(count)]
 
     work()
-    print(f"{count} images of {size}×{size} a unit, median of {units - 1} units, seconds a unit")
-    print(f"  work alone                {seconds_a_unit(lambda unit: None):7.2f}")
+    seconds = {"work alone": seconds_a_unit(lambda unit: None)}
     with tempfile.TemporaryDirectory() as folder:
         with Store.open(Path(folder) / "a", card={}, class_names=["x"]) as store:
-            print(f"  then writing              {seconds_a_unit(lambda unit: store.commit(unit, images, records(unit))):7.2f}")
+            seconds["then writing"] = seconds_a_unit(lambda unit: store.commit(unit, images, records(unit)))
         with Store.open(Path(folder) / "b", card={}, class_names=["x"]) as store, BackgroundWriter(store) as writer:
-            both = seconds_a_unit(lambda unit: writer.commit(unit, images, records(unit)), writer.drain)
-            print(f"  writing in the background {both:7.2f}")
+            commit = lambda unit: writer.commit(unit, images, records(unit))
+            seconds["writing in the background"] = seconds_a_unit(commit, writer.drain)
+    print(f"{count} images of {size}×{size} a unit, median of {units - 1} units, seconds a unit")
+    for name, value in seconds.items():
+        print(f"  {name:25s} {value:7.2f}")
+    if not args.quick:
+        figures = {"images_a_unit": count, "image_size": size, "units": units - 1, "seconds_a_unit": seconds}
+        print(f"wrote {write_result('background_writing', 'python benchmarks/background_writing.py', **figures)}")
 
 
 if __name__ == "__main__":

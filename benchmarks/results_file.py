@@ -24,13 +24,14 @@ _ALLOCATOR_VARIABLES = re.compile(r"MALLOC_\w+_|GLIBC_TUNABLES|LD_PRELOAD|THP_ME
 
 def write_result(name: str, command: str, *, device: torch.device | str = "cpu", **figures) -> Path:
     """Writes the figures beside command, date, machine, threads and versions, whole or not at all."""
-    result = {"command": command, **figures, **_circumstances(torch.device(device))}
+    result = {"command": command, **figures, **measured_on(torch.device(device))}
     path = RESULTS / f"{name}.json"
     write_atomically(path, (json.dumps(_rounded(result), indent=2) + "\n").encode())
     return path
 
 
-def _circumstances(device: torch.device) -> dict:
+def measured_on(device: torch.device) -> dict:
+    """Date, machine, threads and versions."""
     result = {
         "date": date.today().isoformat(),
         "processor": _processor(),

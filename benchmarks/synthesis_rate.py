@@ -16,7 +16,7 @@ import torch
 from results_file import write_result
 from torch.utils.data import DataLoader
 
-from bnfuse import Matcher, fuse, load_dataset, record
+from bnfuse import Matcher, fuse, group_by_class, load_dataset, record
 from bnfuse.demo import SYNTHESIS, THREADS
 from bnfuse.models import Teacher, freeze
 from bnfuse.networks import CifarResNet
@@ -47,7 +47,7 @@ def main() -> None:
         objective = Objective(fuse(teacher.model, backend=backend), Matcher.from_statistics(statistics))
         config = type(SYNTHESIS)(**{**vars(SYNTHESIS), "iterations": args.iterations})
         started = time.perf_counter()
-        _, losses = optimise(objective, labels, labels, seeds, 0, teacher, config, lambda *_: None)
+        _, losses = optimise(objective, group_by_class(labels), labels, seeds, 0, teacher, config, lambda *_: None)
         return args.iterations / (time.perf_counter() - started), losses["total"]
 
     first = {backend: run(backend)[1] for backend in ("cpp", "reference")}  # warms up, too

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from steps import make_teacher
 
-from bnfuse import Matcher, SynthesisConfig, fuse
+from bnfuse import Matcher, SynthesisConfig, fuse, group_by_class
 from bnfuse.models import Teacher
 from bnfuse.objective import Objective
 from bnfuse.optimisation import optimise
@@ -53,7 +53,7 @@ class Unit:
         try:
             optimise(
                 self.objective,
-                labels,
+                group_by_class(labels),
                 labels,
                 range(len(labels)),
                 0,

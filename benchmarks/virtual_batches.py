@@ -3,6 +3,7 @@
     python benchmarks/virtual_batches.py             # into benchmarks/results, docs/virtual_batches.md and its picture
     python benchmarks/virtual_batches.py --quick     # a small part, printed; nothing is written
     python benchmarks/virtual_batches.py --report    # the page and the picture once more, from the results
+    python benchmarks/virtual_batches.py --only time # memory, which takes most of the minutes, stays as it was measured before
 
 Memory: each batch in a process of its own, its second step. The images and Adam's two moments of them, which any code that
 optimises so many images has to hold, are counted apart from what the step needs to work. Time: a step in micro-batches and one
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 from report import ROOT, circumstances, markdown, times, write_block
-from results_file import RESULTS, write_result
+from results_file import RESULTS, measured_on, write_result
 from step_memory import Peak, child_environment
 
 PAGE, PICTURE = ROOT / "docs/virtual_batches.md", ROOT / "docs/images/virtual_batches.png"
@@ -106,6 +107,15 @@ def _time_text(case: dict) -> str:
     )
 
 
+def before(only: str) -> dict:
+    """What was measured before of the other half, if it was here and with these versions."""
+    result, now = json.loads((RESULTS / f"{NAME}.json").read_text()), measured_on(torch.device("cpu"))
+    others = [name for name, value in now.items() if name != "date" and result[name] != value]
+    if others:
+        raise SystemExit(f"the results there are were measured under another {', '.join(others)}: measure both, without --only")
+    return {"memory": result["memory"]} if only == "time" else {"time": result["time"]}
+
+
 # ---- the page ----
 
 
@@ -154,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="batches of up to 256 and one pair; prints, writes nothing")
     parser.add_argument("--report", action="store_true", help="measure nothing, write page and picture from the results")
+    parser.add_argument("--only", choices=("memory", "time"), help="measure one; the other stays as it is in the results")
     parser.add_argument("--micro-batch", type=int, default=64)
     parser.add_argument("--largest", type=int, default=65536, help="largest batch (default 65536)")
     parser.add_argument("--largest-plain", type=int, default=4096, help="largest batch in one piece (default 4096)")
@@ -168,19 +179,23 @@ def main() -> None:
     if args.report:
         write_report(json.loads((RESULTS / f"{NAME}.json").read_text()))
         return
+    figures = before(args.only) if args.only else {}
     largest, largest_plain, pairs = (256, 256, 1) if args.quick else (args.largest, args.largest_plain, args.pairs)
-    batches = [args.micro_batch]
-    while batches[-1] * 4 <= largest:
-        batches.append(batches[-1] * 4)
-    if batches[-1] < largest:
-        batches.append(largest)
-    print("memory of a step:")
-    memory = [memory_case(batch, args.micro_batch, args.threads) for batch in batches]
-    memory += [memory_case(batch, None, args.threads) for batch in batches if batch <= largest_plain]
-    print("time of a step:")
-    timed = time_case(256, args.micro_batch, pairs)
+    if "memory" not in figures:
+        batches = [args.micro_batch]
+        while batches[-1] * 4 <= largest:
+            batches.append(batches[-1] * 4)
+        if batches[-1] < largest:
+            batches.append(largest)
+        print("memory of a step:")
+        memory = [memory_case(batch, args.micro_batch, args.threads) for batch in batches]
+        memory += [memory_case(batch, None, args.threads) for batch in batches if batch <= largest_plain]
+        figures["memory"] = memory
+    if "time" not in figures:
+        print("time of a step:")
+        figures["time"] = time_case(256, args.micro_batch, pairs)
     if not args.quick:
-        path = write_result(NAME, COMMAND, memory=memory, time=timed)
+        path = write_result(NAME, COMMAND, memory=figures["memory"], time=figures["time"])
         write_report(json.loads(path.read_text()))
 
 

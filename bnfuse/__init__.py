@@ -1,7 +1,7 @@
 """bnfuse: turns a private image dataset into a synthetic one that can be published in its place.
 
-record → synthesize → train, each a function here and a subcommand of the command line; `fuse` and `Matcher` are the parts
-that a loop of one's own needs.
+record → synthesize → train → audit, each a function here and a subcommand of the command line; `fuse` and `Matcher` are the
+parts that a loop of one's own needs.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +11,7 @@ try:
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+uninstalled"
 
+from .audit import AuditResult, audit
 from .datasets import load_dataset
 from .errors import BackendError, BnfuseError, InputError
 from .exporting import export
@@ -21,6 +22,7 @@ from .matching import Matcher, group_by_class
 from .models import Teacher, freeze, load_teacher
 from .plans import SynthesisConfig
 from .preprocessing import Preprocessing
+from .presets import preset
 from .relabelling import RelabelConfig, relabel
 from .repair import repair
 from .statistics import ClassStatistics, record
@@ -28,6 +30,7 @@ from .synthesis import synthesize
 from .training import TrainConfig, evaluate, train
 
 __all__ = [
+    "AuditResult",
     "BackendError",
     "BnfuseError",
     "ClassStatistics",
@@ -39,6 +42,7 @@ __all__ = [
     "SynthesisConfig",
     "Teacher",
     "TrainConfig",
+    "audit",
     "evaluate",
     "export",
     "freeze",
@@ -46,6 +50,7 @@ __all__ = [
     "group_by_class",
     "load_dataset",
     "load_teacher",
+    "preset",
     "record",
     "relabel",
     "repair",

@@ -56,30 +56,43 @@ class Augmentation:
     jitter : largest shift in pixels, up, down, left and right (DeepInversion)
     flip : mirror each image with probability ½
     crop_scale : least share of the area that a random resized crop keeps (SRe2L); 1 crops nothing
+    crop_curriculum : share of the steps over which that least share falls from 1, by half a cosine (CDA); 0, it is constant
     """
 
     jitter: int = 0
     flip: bool = False
     crop_scale: float = 1.0
+    crop_curriculum: float = 0.0
 
     def __post_init__(self):
         if self.jitter < 0 or not 0 < self.crop_scale <= 1:
             raise InputError(f"jitter must be ≥ 0 and crop_scale in (0, 1], got {self.jitter} and {self.crop_scale}")
+        if not 0 <= self.crop_curriculum <= 1:
+            raise InputError(f"crop_curriculum must be a share of the steps, from 0 to 1, got {self.crop_curriculum}")
 
-    def draw(self, images: Tensor, generator: torch.Generator, count: int | None = None) -> View:
-        """Draws a view of `images` [N, C, H, W], or of a batch of `count` that is like them, with a CPU generator."""
+    def draw(self, images: Tensor, generator: torch.Generator, count: int | None = None, progress: float = 1.0) -> View:
+        """Draws a view of `images` [N, C, H, W], or of a batch of `count` that is like them, with a CPU generator.
+
+        `progress` is the share of the steps that have been made.
+        """
         height, width = images.shape[2:]
-        crop = self._draw_crop(height, width, generator) if self.crop_scale < 1 else None
+        crop = self._draw_crop(height, width, self.least_crop(progress), generator) if self.crop_scale < 1 else None
         shift = (0, 0)
         if self.jitter:
             shift = tuple(torch.randint(-self.jitter, self.jitter + 1, (2,), generator=generator).tolist())
         flip = torch.rand(len(images) if count is None else count, generator=generator) < 0.5 if self.flip else None
         return View(crop, shift, flip)
 
-    def _draw_crop(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
-        """A box of area in [crop_scale, 1] and aspect ratio in [3/4, 4/3] (Szegedy et al. 2015), cut to the image."""
+    def least_crop(self, progress: float) -> float:
+        """The least share of the area that a crop keeps, when a share `progress` of the steps has been made."""
+        if progress >= self.crop_curriculum:
+            return self.crop_scale
+        return self.crop_scale + (1 - self.crop_scale) * 0.5 * (1 + math.cos(math.pi * progress / self.crop_curriculum))
+
+    def _draw_crop(self, height: int, width: int, least: float, generator: torch.Generator) -> tuple[int, int, int, int]:
+        """A box of area in [least, 1] and aspect ratio in [3/4, 4/3] (Szegedy et al. 2015), cut to the image."""
         area, ratio, down, across = torch.rand(4, generator=generator).tolist()
-        area = height * width * (self.crop_scale + (1 - self.crop_scale) * area)
+        area = height * width * (least + (1 - least) * area)
         ratio = math.exp((2 * ratio - 1) * math.log(4 / 3))
         box_height = min(height, max(1, round(math.sqrt(area / ratio))))
         box_width = min(width, max(1, round(math.sqrt(area * ratio))))

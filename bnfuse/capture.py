@@ -62,15 +62,13 @@ class CapturedObjective:
         """The losses, and the gradient of their total by `images` [N, C, H, W], of which `view` was made."""
         replayed = self._replayed.get(images.shape)
         if replayed is None:
+            kept = self.objective.state()
             replayed = self._replayed[images.shape] = Replayed(self._differentiate, (images, view))
+            self.objective.restore(kept)  # the calls before the capture were no steps
         by_images, by_view, total, distances, *terms = replayed(images, view)
         through_view = torch.autograd.grad(view, images, by_view)[0]
         losses = Losses(total.clone(), {name: term.clone() for name, term in zip(self._names, terms)}, distances.clone())
-        return losses, through_view + by_images if self._has_priors else through_view
-
-    @property
-    def _has_priors(self) -> bool:
-        return bool(self.objective.tv_weight or self.objective.l2_weight)
+        return losses, through_view + by_images if self.objective.has_priors else through_view
 
     def _differentiate(self, images: Tensor, view: Tensor) -> Sequence[Tensor]:
         images, view = images.detach().requires_grad_(), view.detach().requires_grad_()

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .errors import InputError
+from .plans import SynthesisConfig
 
 CARD = "card.json"
 FORMAT, FORMAT_VERSION = "bnfuse-store", 1
@@ -90,6 +91,10 @@ def refuse_other_identity(root: Path, given: dict, card: dict, remedy: str = _OT
     existing = {name: value for name, value in card.items() if name != "complete"}
     if given["counts"] is None:  # then `finish` filled them in
         existing["counts"] = None
+    if isinstance(given.get("config"), dict) and isinstance(existing.get("config"), dict):
+        # Fields that have come since are what they were by default.
+        defaults = SynthesisConfig().to_card()
+        existing["config"] = {k: defaults[k] for k in given["config"] if k in defaults} | existing["config"]
     refuse_differences(root, given, existing, "a dataset", remedy)
 
 

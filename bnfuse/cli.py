@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 import textwrap
 import warnings
@@ -12,8 +14,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from . import __version__
+from .audit import MEASURES, audit
+from .audit.context import BUDGETS, NOISE
+from .audit.running import command_line
+from .audit.summary import verdict_lines
 from .backends import BACKENDS
-from .configs import add_flags, from_flags
+from .configs import add_flags, from_flags, given_flags
 from .datasets import SPEC_GRAMMAR as DATASET_GRAMMAR
 from .datasets import load_dataset
 from .demo import run_demo
@@ -21,14 +27,17 @@ from .distributed import OtherRankFailed, choose_device, rank
 from .doctor import report
 from .errors import BnfuseError, InputError, Interrupted, UnitWarning
 from .estimate import readable_bytes
+from .estimators import VARIANCES, index_batches
 from .exporting import FORMATS, export
-from .labels import RELABEL, Labels, images_digest
+from .labels import LABELS, RELABEL, Labels, images_digest
 from .manifest import inspect, is_store, read_store, some
 from .models import SPEC_GRAMMAR, Teacher, load_teacher
 from .plans import SynthesisConfig
 from .preprocessing import Preprocessing
+from .presets import listing, preset
 from .relabelling import RelabelConfig, relabel
 from .repair import repair
+from .sites import SITE_GRAMMAR
 from .statistics import MINIMUM_IMAGES, ClassStatistics, record
 from .synthesis import synthesize
 from .training import TrainConfig, train
@@ -41,9 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a subcommand.
 
     Returns the exit status: 0, 1 where `verify` found something wrong, 2 for an error the user can mend, 130 when interrupted,
-    143 when terminated.
+    141 when whoever read the output has gone, 143 when terminated.
     """
-    args = _parser().parse_args(argv)
     number = rank()
     name = f"bnfuse: rank {number}:" if number else "bnfuse:"
 
@@ -56,7 +64,13 @@ def main(argv: list[str] | None = None) -> int:
 
     warnings.showwarning = note
     try:
-        return args.run(args) or 0
+        args = _parser().parse_args(argv)
+        status = args.run(args) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain again when it ends
+        return 128 + signal.SIGPIPE
     except OtherRankFailed as error:
         say(str(error))
         return 2
@@ -78,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"bnfuse {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    adders = (_add_train, _add_record, _add_synthesize, _add_verify, _add_relabel, _add_export, _add_demo, _add_doctor)
-    for add in adders:
+    flow = (_add_train, _add_record, _add_synthesize, _add_audit)
+    for add in (*flow, _add_verify, _add_relabel, _add_export, _add_demo, _add_doctor):
         add(commands)
     return parser
 
@@ -155,9 +169,14 @@ def _labels(args, which: str) -> Labels:
     """What `bnfuse relabel` wrote of --data, and of no other images."""
     if not is_store(args.data):
         raise InputError(f"--labels {which} needs a dataset that bnfuse made, --data {args.data} is none")
-    labels = Labels(Path(args.data) / RELABEL if which == "relabel" else which)
+    labels = _open_labels(Path(args.data), which)
     labels.check(images_digest(read_store(args.data).entries))
     return labels
+
+
+def _open_labels(dataset: Path, which: str) -> Labels:
+    """Those beside the dataset's images, or in another folder."""
+    return Labels(dataset / RELABEL if which == "relabel" else which)
 
 
 # ---- bnfuse record ----
@@ -168,8 +187,8 @@ def _add_record(commands) -> None:
         commands,
         "record",
         _record,
-        "Record the class-wise BatchNorm statistics of private images, in one pass.",
-        _GRAMMARS,
+        "Record the class-wise statistics of private images inside a teacher, in one pass.",
+        f"{_GRAMMARS}\n{SITE_GRAMMAR}",
     )
     _add_teacher(parser)
     parser.add_argument("--data", required=True, metavar="DATASET", help="the private images, each seen once")
@@ -181,6 +200,21 @@ def _add_record(commands) -> None:
         metavar="K",
         help="the teacher's output for each class of the dataset, where the teacher knows more classes",
     )
+    parser.add_argument(
+        "--sites",
+        nargs="+",
+        default=["bn"],
+        metavar="RULE",
+        help="which tensors of the teacher, see below (default bn: the inputs of its BatchNorm layers)",
+    )
+    parser.add_argument(
+        "--class-variance",
+        choices=VARIANCES,
+        default="pooled",
+        help="of all elements of a class (pooled, the default), or as others gather it: averaged over images (EDC), over "
+        "batches of one class (WMDD), or in a moving average over shuffled batches (ema: LPLD)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="SEED", help="of the order of images in an ema (default 0)")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images a pass (default 128)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
     parser.add_argument(
@@ -202,11 +236,15 @@ def _record(args) -> None:
         channels=teacher.preprocessing.channels,
         download=args.download,
     )
-    loader = DataLoader(data, batch_size=args.batch_size, num_workers=args.workers)
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
+    order = index_batches(args.class_variance, data.labels, args.batch_size, args.seed)
     statistics = record(
         teacher,
-        loader,
+        DataLoader(data, batch_sampler=order, num_workers=args.workers),
         data.num_classes,
+        sites=args.sites,
+        variance=args.class_variance,
         class_names=data.class_names,
         outputs=args.outputs,
         dataset=data.name,
@@ -215,9 +253,10 @@ def _record(args) -> None:
         progress=True,
     )
     statistics.save(args.out)
+    sites = "BatchNorm layers" if args.sites == ["bn"] else "sites"
     print(
         f"recorded {int(statistics.images.sum())} images of {statistics.num_classes} classes at {len(statistics.sites)} "
-        f"BatchNorm layers ({sum(statistics.site_channels.values())} channels): {args.out}"
+        f"{sites} ({sum(statistics.site_channels.values())} channels): {args.out}"
     )
 
 
@@ -230,7 +269,7 @@ def _add_synthesize(commands) -> None:
         "synthesize",
         _synthesize,
         "Make a synthetic dataset from noise. Stopped and started again, it continues. Under torchrun, many ranks make it.",
-        SPEC_GRAMMAR,
+        f"{SPEC_GRAMMAR}\n{SITE_GRAMMAR}",
     )
     _add_teacher(parser)
     parser.add_argument("--statistics", type=Path, metavar="FILE", help="what `bnfuse record` wrote")
@@ -270,11 +309,26 @@ def _add_synthesize(commands) -> None:
     parser.add_argument(
         "--tensorboard", type=Path, metavar="FOLDER", help="write losses, learning rate and pace for TensorBoard"
     )
+    _add_more_teachers(parser)
+    parser.add_argument("--list-presets", action=_ListPresets, help="show the named settings for --preset, and end")
     add_flags(parser, SynthesisConfig)
 
 
+class _ListPresets(argparse.Action):
+    """Like --help, so that it needs none of the required arguments."""
+
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
+
+    def __call__(self, parser, *_) -> None:
+        print(listing())
+        parser.exit()
+
+
 def _synthesize(args) -> None:
-    config = from_flags(SynthesisConfig, args)
+    given = given_flags(SynthesisConfig, args)
+    name = given.pop("preset", None)
+    config = SynthesisConfig(**given) if name is None else preset(name, **given)
     teacher = _load_teacher(args)
     statistics = None if args.statistics is None else ClassStatistics.load(args.statistics)
     result = synthesize(
@@ -292,6 +346,7 @@ def _synthesize(args) -> None:
         checkpoint_every=args.checkpoint_every,
         retries=args.retries,
         threads=args.threads,
+        more_teachers=_load_more_teachers(args),
     )
     if rank():
         return
@@ -300,6 +355,65 @@ def _synthesize(args) -> None:
     share = recognised(teacher, statistics, result.out, config, micro_batch=args.micro_batch)
     print(f"the teacher takes {share:.1%} of them for what was asked")
     print(f"look at {result.out / 'contact_sheet.png'}; train on it with `bnfuse train --data {result.out}`")
+
+
+# ---- bnfuse audit ----
+
+
+def _add_audit(commands) -> None:
+    parser = _command(
+        commands,
+        "audit",
+        _audit,
+        "Measure what a synthetic dataset gives away of the private images, with controls, and write a report. Stopped and "
+        "started again, it continues.",
+        _GRAMMARS,
+    )
+    parser.add_argument("--private", required=True, metavar="DATASET", help="what the synthetic images were made from")
+    parser.add_argument("--synthetic", required=True, metavar="DATASET", help="what is to be published")
+    parser.add_argument(
+        "--heldout", metavar="DATASET", help="real images like the private ones, but not among them: the baseline"
+    )
+    _add_teacher(parser, required=False)
+    parser.add_argument("--statistics", type=Path, metavar="FILE", help="what `bnfuse record` wrote")
+    parser.add_argument("--budget", choices=BUDGETS, default="quick", help="how long attacks try (default quick, a first look)")
+    parser.add_argument("--only", choices=MEASURES, nargs="+", metavar="NAME", help=f"of {', '.join(MEASURES)} (default all)")
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=NOISE,
+        metavar="S",
+        help=f"standard deviation of the noised originals' noise, of pixels in [0, 1] (default {NOISE})",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    parser.add_argument("--out", type=Path, default=Path("runs/audit"), metavar="DIR", help="folder (default runs/audit)")
+    _add_device(parser)
+
+
+def _audit(args) -> None:
+    teacher = None if args.teacher is None else _load_teacher(args)
+    size, channels = _size(args), _channels(args)
+    if teacher is not None:
+        size, channels = teacher.preprocessing.image_size, teacher.preprocessing.channels
+    data = {
+        role: None if spec is None else load_dataset(spec, image_size=size, channels=channels, download=args.download)
+        for role, spec in {"private": args.private, "synthetic": args.synthetic, "heldout": args.heldout}.items()
+    }
+    unneeded = ("command", "run", "only", "device")  # by whoever makes the audit again
+    result = audit(
+        **data,
+        out=args.out,
+        teacher=teacher,
+        statistics=None if args.statistics is None else ClassStatistics.load(args.statistics),
+        budget=args.budget,
+        measures=args.only,
+        noise=args.noise,
+        device=_device(args),
+        seed=args.seed,
+        command=command_line(**{name: value for name, value in vars(args).items() if name not in unneeded}),
+    )
+    print(verdict_lines(result.findings))
+    print(f"the report, which shows private images: {result.report}")
 
 
 # ---- bnfuse verify ----
@@ -328,6 +442,7 @@ def _add_verify(commands) -> None:
     )
     _add_teacher(parser, required=False)
     parser.add_argument("--statistics", type=Path, metavar="FILE", help="what `bnfuse record` wrote")
+    _add_more_teachers(parser)
     _add_kernels(parser)
 
 
@@ -339,22 +454,24 @@ def _verify(args) -> int:
         print("\n".join(problems) or f"{args.data}: every file is as it was written, and nothing is missing")
         return bool(problems)
     statistics = None if args.statistics is None else ClassStatistics.load(args.statistics)
+    teacher = _load_teacher(args)
     result = repair(
-        _load_teacher(args),
+        teacher,
         statistics,
         args.data,
         accept_changes=args.accept_changes,
         device=args.device,
         backend=args.backend,
         micro_batch=args.micro_batch,
+        more_teachers=_load_more_teachers(args),
     )
     for what, lines in (("found", result.found), ("made again", result.restored), ("replaced", result.replaced)):
         for line in lines:
             print(f"{what}: {line}")
     if result.differing:
         print(
-            f"{len(result.differing)} files would not be what they were ({some(result.differing)}): another processor, or"
-            " other versions, round otherwise. Nothing was done to them; --accept-changes takes them as they come out now"
+            f"{len(result.differing)} files would not be what they were ({some(result.differing)}): {result.why}. Nothing was "
+            "done to them; --accept-changes takes them as they come out now"
         )
     print("\n".join(["what is left:", *result.problems]) if result.problems else "now everything is as it should be")
     return bool(result.problems)
@@ -412,13 +529,29 @@ def _add_export(commands) -> None:
     parser.add_argument("dataset", type=Path, metavar="DIR", help="the dataset")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
+    parser.add_argument(
+        "--labels",
+        metavar="WHICH",
+        help="take along what `bnfuse relabel` wrote: relabel, from DIR; or the folder that it was given. Plain labels become "
+        "the logits of each image, views are copied beside the images (default: the dataset's own soft labels, if any)",
+    )
     parser.add_argument("--images-per-shard", type=int, default=2000, metavar="N", help="images a file (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the images in the shards (default 0)")
 
 
 def _export(args) -> None:
-    done = export(args.dataset, args.out, args.format, images_per_shard=args.images_per_shard, seed=args.seed, progress=True)
+    done = export(
+        args.dataset,
+        args.out,
+        args.format,
+        labels=None if args.labels is None else _open_labels(args.dataset, args.labels),
+        images_per_shard=args.images_per_shard,
+        seed=args.seed,
+        progress=True,
+    )
     print(f"{done.images} images in {done.files} files, {readable_bytes(done.bytes)}, read back and right: {done.out}")
+    if args.labels is None and (args.dataset / RELABEL / LABELS).exists():
+        print(f"the labels in {args.dataset / RELABEL} are not among them: --labels relabel takes them along")
 
 
 # ---- bnfuse demo, bnfuse doctor ----
@@ -456,6 +589,28 @@ def _add_teacher(parser, required: bool = True) -> None:
     parser.add_argument("--weights", metavar="FILE|NAME", help="its weights, see below")
     parser.add_argument("--num-classes", type=int, metavar="K", help="its outputs, where the weights do not tell")
     _add_image_flags(parser)
+
+
+def _add_more_teachers(parser) -> None:
+    parser.add_argument("--more-teachers", nargs="+", default=[], metavar="MODEL", help="further networks, see --teacher-plan")
+    parser.add_argument("--more-weights", nargs="+", default=[], metavar="FILE|NAME", help="their weights, in order")
+    parser.add_argument(
+        "--more-statistics", nargs="+", type=Path, default=[], metavar="FILE", help="their statistics, in order"
+    )
+
+
+def _load_more_teachers(args) -> list[tuple[Teacher, ClassStatistics | None]]:
+    count = len(args.more_teachers)
+    for flag, given in (("--more-weights", args.more_weights), ("--more-statistics", args.more_statistics)):
+        if len(given) not in (0, count):
+            raise InputError(f"{flag} goes with --more-teachers, one each: got {len(given)} for {count}")
+    pairs = []
+    for k, model in enumerate(args.more_teachers):
+        weights = args.more_weights[k] if args.more_weights else None
+        teacher = load_teacher(model, weights=weights, num_classes=args.num_classes, preprocessing=_preprocessing(args))
+        teacher.model.to(_device(args))
+        pairs.append((teacher, ClassStatistics.load(args.more_statistics[k]) if args.more_statistics else None))
+    return pairs
 
 
 def _add_image_flags(parser) -> None:

@@ -41,21 +41,30 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Config]) -> None:
             }
         else:
             options |= {"type": kind, "metavar": kind.__name__.upper()}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **options)
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **options)
 
 
 def from_flags(config: type[Config], args: argparse.Namespace, **more) -> Config:
     """The config that the parsed flags say; `more` for the fields without a flag."""
+    return config(**given_flags(config, args) | more)
+
+
+def given_flags(config: type, args: argparse.Namespace) -> dict[str, object]:
+    """The fields whose flags stand on the command line, by name."""
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(config) if hasattr(args, field.name)}
-    return config(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()} | more)
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
 def _attribute_texts(config: type) -> dict[str, str]:
-    """The lines ``name, name : text`` under "Attributes" in a NumPy-style docstring, by name."""
-    section = re.search(r"Attributes\n\s*-+\n(.*?)(?:\n\s*\n|\Z)", config.__doc__, re.DOTALL)[1]
+    """The lines ``name, name : text`` under "Attributes" in a NumPy-style docstring and those of the classes derived from, by
+    name."""
     texts: dict[str, str] = {}
-    for names, text in re.findall(r"^    (\w[\w, ]*?) : (.*(?:\n        .*)*)", section, re.MULTILINE):
-        texts |= {name: re.sub(r"\s+", " ", text) for name in names.split(", ")}
+    for part in config.__mro__:
+        section = re.search(r"Attributes\n\s*-+\n(.*?)(?:\n\s*\n|\Z)", part.__doc__ or "", re.DOTALL)
+        for names, text in re.findall(
+            r"^    (\w[\w, ]*?) : (.*(?:\n        .*)*)", section[1] if section else "", re.MULTILINE
+        ):
+            texts = {name: re.sub(r"\s+", " ", text) for name in names.split(", ")} | texts
     return texts
 
 

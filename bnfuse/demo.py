@@ -2,7 +2,7 @@
 
 A teacher learns scikit-learn's digits, their statistics are recorded, images are synthesised from noise; then three students
 learn from scratch in the same way, on the real images, on the synthetic ones, and (the control) on noise with the same
-labels, and all are tested on real digits that none has seen.
+labels, and all are tested on real digits that none has seen. Last, the synthetic images are audited.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
+from .audit.running import RECORD, audit, command_line
+from .audit.summary import verdict_lines
 from .datasets import ArrayDataset, ImageDataset, load_dataset
 from .files import write_atomically
 from .manifest import is_store
@@ -43,21 +45,24 @@ def run_demo(out: str | Path = "runs/demo", *, seed: int = 0) -> dict:
     Returns
     -------
     The content of summary.json: teacher_accuracy, real_student_accuracy, synthetic_student_accuracy, noise_student_accuracy
-    (each a fraction of the held-out digits), images, synthesis_seconds, seconds, and date, threads and versions
+    (each a fraction of the held-out digits), images, synthesis_seconds, audit (measure → verdict), audit_seconds, seconds, and
+    date, threads and versions
     """
     torch.set_num_threads(THREADS)
     out, started = Path(out), time.monotonic()
     private, heldout = load_dataset("digits:train"), load_dataset("digits:test")
     if is_store(out / "synthetic"):
         shutil.rmtree(out / "synthetic")
+    if (out / "audit" / RECORD).is_file():
+        shutil.rmtree(out / "audit")
     summary = {}
 
-    _say(f"1/5 a teacher learns {len(private)} private digits")
+    _say(f"1/6 a teacher learns {len(private)} private digits")
     result = train(private, _seeded(TEACHER, seed), test=heldout, out=out / "teacher")
     summary["teacher_accuracy"] = result.accuracy
     teacher = load_teacher(out / "teacher" / "model.safetensors")
 
-    _say("2/5 the statistics of each class are recorded")
+    _say("2/6 the statistics of each class are recorded")
     statistics = record(
         teacher,
         DataLoader(private, batch_size=256),
@@ -68,14 +73,14 @@ def run_demo(out: str | Path = "runs/demo", *, seed: int = 0) -> dict:
     statistics.save(out / "statistics.safetensors")
 
     _say(
-        f"3/5 {SYNTHESIS.images_per_class * private.num_classes} images are synthesised from noise; watch them form in "
+        f"3/6 {SYNTHESIS.images_per_class * private.num_classes} images are synthesised from noise; watch them form in "
         f"{out / 'synthetic' / 'contact_sheet.png'}"
     )
     made = synthesize(teacher, statistics, out / "synthetic", _seeded(SYNTHESIS, seed))
     synthetic = load_dataset(str(out / "synthetic"))
     summary["images"], summary["synthesis_seconds"] = made.images, made.seconds
 
-    _say("4/5 students learn from scratch: on real digits, on synthetic ones, on noise")
+    _say("4/6 students learn from scratch: on real digits, on synthetic ones, on noise")
     for name, data in {"real": private, "synthetic": synthetic, "noise": noise_like(synthetic, seed)}.items():
         student = train(
             data,
@@ -86,16 +91,41 @@ def run_demo(out: str | Path = "runs/demo", *, seed: int = 0) -> dict:
         )
         summary[f"{name}_student_accuracy"] = student.accuracy
 
-    _say("5/5 a picture, and the summary")
+    _say("5/6 a picture: real digits beside synthetic ones")
     save(real_and_synthetic(private, synthetic), out / "contact_sheet.png")
+
+    _say("6/6 the audit: what the synthetic digits give away of the private ones")
+    audited = audit(
+        private,
+        synthetic,
+        heldout,
+        out / "audit",
+        teacher=teacher,
+        statistics=statistics,
+        budget="quick",
+        seed=seed,
+        command=command_line(
+            private="digits:train",
+            synthetic=out / "synthetic",
+            heldout="digits:test",
+            teacher=out / "teacher" / "model.safetensors",
+            statistics=out / "statistics.safetensors",
+            budget="quick",
+            seed=seed,
+            out=out / "audit",
+        ),
+    )
+    summary["audit"], summary["audit_seconds"] = audited.verdicts, audited.seconds
     summary["seconds"] = time.monotonic() - started
     summary |= {"date": date.today().isoformat(), "threads": THREADS, "torch": torch.__version__, "bnfuse": version("bnfuse")}
     write_atomically(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     print(_table(summary, len(heldout)))
     print(
         f"real digits (left) beside synthetic ones (right): {out / 'contact_sheet.png'}\n"
-        f"the dataset: {out / 'synthetic'}; the figures: {out / 'summary.json'}"
+        f"the dataset: {out / 'synthetic'}; the figures: {out / 'summary.json'}\n"
     )
+    print(f"The audit ({audited.seconds:.0f} s; it shows private digits)\n{verdict_lines(audited.findings)}\n")
+    print(f"read it: {audited.report.resolve().as_uri()}")
     return summary
 
 

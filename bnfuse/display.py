@@ -60,7 +60,7 @@ class Display:
         postfix = {"unit": f"{unit.number + 1}/{len(self.units)}"} | {k: f"{v:.3g}" for k, v in terms.items()}
         self.bar.set_postfix(postfix, refresh=False)
         self.count(len(unit.classes) * step / self.steps)
-        self.sheet.refresh(unit, lambda: to_pixels(images, self.teacher))
+        self.sheet.refresh(unit, len(images), lambda rows: to_pixels(images[rows], self.teacher))
         self.forecast.show(unit, step, images)
         if self.scalars:
             self.scalars.show(unit, step, images, terms)

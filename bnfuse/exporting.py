@@ -3,10 +3,14 @@
 An export is made in a hidden folder beside its place, read back, and only then named: what bears the name is whole. The
 PNG files go over byte for byte, each held against its sha256 in the manifest on the way; the same dataset exported twice
 with the same arguments is the same bytes.
+
+Of what `relabel` made, one logit vector an image becomes a field of each sample. Views do not: hundreds of them an image, each
+perhaps mixed with another image, are nothing that a sample read by itself could show. Their files go along as they are.
 """
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import io
 import json
@@ -27,10 +31,12 @@ from tqdm import tqdm
 from .card import CARD, card_bytes
 from .errors import InputError
 from .files import locked_folder, sync
+from .labels import LABELS, RELABEL, Labels, images_digest
 from .manifest import Entry, StoreContents, read_store
 from .readme import readme
 
 FORMATS = ("webdataset", "parquet", "imagefolder")
+IDS = "ids.json"  # beside exported views: the image that each number in their `index` means
 _ROWS_AT_ONCE = 100  # images of a parquet file's row group, which a reader takes whole
 
 
@@ -49,6 +55,7 @@ def export(
     out: str | Path,
     format: str,
     *,
+    labels: Labels | None = None,
     images_per_shard: int = 2000,
     seed: int = 0,
     progress: bool = False,
@@ -62,6 +69,9 @@ def export(
     format : ``webdataset``, tar shards whose samples have the keys ``png``, ``cls``, ``json`` and, with soft labels,
         ``logits.npy``; ``parquet``, as Hugging Face's `datasets` has it, with the columns ``image``, ``label`` and
         ``logits``; ``imagefolder``, a folder for each class below ``train``, and beside it ``soft_labels``, a file a class
+    labels : of this dataset, from `relabel`; None leaves out whatever there are. Plain ones take the place of the dataset's own
+        soft labels. Labelled views are copied into ``relabel``, where `Labels` opens them, and ``ids.json`` beside them lists
+        the ids of the images in the order of their ``index``; the id of a sample is its file's name
     images_per_shard : images of a tar or parquet file
     seed : of the order in which images are dealt to shards, which are read in sequence: mixed, so that a reader's shuffle
         buffer finds all classes
@@ -72,8 +82,8 @@ def export(
 
     Raises
     ------
-    InputError : the dataset is unfinished or damaged, `out` is taken, a library is missing, or what was written does not
-        read back; then nothing is left at `out`
+    InputError : the dataset is unfinished or damaged, the labels are of other images, `out` is taken, a library is missing, or
+        what was written does not read back; then nothing is left at `out`
     """
     if format not in FORMATS:
         raise InputError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -83,6 +93,11 @@ def export(
     contents = read_store(dataset)
     if not contents.complete:
         raise InputError(f"{dataset} is not finished ({len(contents.entries)} images so far): finish it, then export it")
+    logits = None
+    if labels is not None:
+        labels.check(images_digest(contents.entries))
+        if labels.plain:
+            logits = dict(zip((entry.id for entry in contents.entries), labels.logits().half().numpy()))
     entries = sorted(contents.entries, key=lambda entry: entry.id)
     if format != "imagefolder":
         order = torch.randperm(len(entries), generator=torch.Generator().manual_seed(seed))
@@ -90,10 +105,14 @@ def export(
     out = Path(out).expanduser().absolute()
     bar = tqdm(total=len(entries), desc=f"exporting {format}", unit="img", disable=not progress)
     with bar, _folder_made_whole(out) as folder:
-        write(_Samples(contents, entries, bar.update), folder, images_per_shard)
-        card = {**contents.card, "export": {"format": format, "images": len(entries)}}
-        (folder / CARD).write_bytes(card_bytes(card))
-        (folder / "README.md").write_bytes(readme(contents, format).encode())
+        write(_Samples(contents, entries, bar.update, logits), folder, images_per_shard)
+        about = {"format": format, "images": len(entries)}
+        if labels is not None:
+            about["labels"] = {name: labels.card[name] for name in ("teacher", "config")}
+            if not labels.plain:
+                _copy_views(labels, [entry.id for entry in contents.entries], folder / RELABEL)
+        (folder / CARD).write_bytes(card_bytes({**contents.card, "export": about}))
+        (folder / "README.md").write_bytes(readme(contents, format, labels).encode())
         _refuse_other_images(entries, read(folder), out)
         files = [path for path in folder.rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
@@ -132,18 +151,38 @@ def _refuse_other_images(entries: list[Entry], found: Iterator[tuple[int, str]],
         )
 
 
+def _copy_views(labels: Labels, ids: list[str], folder: Path) -> None:
+    """The files of labelled views, as they are, and the ids of the images that they number. InputError if some are damaged."""
+    folder.mkdir()
+    files = [labels.root / LABELS]
+    for number in range(labels.passes):
+        files += labels.views(number).files  # opening them says whether all are there
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
+        if not filecmp.cmp(path, folder / path.name, shallow=False):
+            raise InputError(f"{path} did not read back as it was written: export to another disk")
+    (folder / IDS).write_text(json.dumps(ids) + "\n")
+
+
 class _Samples:
     """The images of a store in a given order, each held against the manifest as it is read.
 
-    Yields (entry, the PNG file's bytes, logits float16 [K] or None).
+    Yields (entry, the PNG file's bytes, logits float16 [K] or None). `logits` has those of each image by its id; None, they are
+    the store's own.
     """
 
-    def __init__(self, contents: StoreContents, entries: list[Entry], report: Callable[[], object]):
-        self.contents, self.entries, self.report = contents, entries, report
+    def __init__(
+        self,
+        contents: StoreContents,
+        entries: list[Entry],
+        report: Callable[[], object],
+        logits: dict[str, np.ndarray] | None = None,
+    ):
+        self.contents, self.entries, self.report, self.others = contents, entries, report, logits
         self.classes = contents.class_names
         self.outputs = 0  # K of the logits
         self._whole: set[str] = set()  # files of soft labels that have been held against their sha256
-        if contents.has_soft_labels:
+        if logits is not None or contents.has_soft_labels:
             self.outputs = len(self._logits(entries[0]))
 
     def __len__(self) -> int:
@@ -161,6 +200,8 @@ class _Samples:
 
     def _logits(self, entry: Entry) -> np.ndarray:
         """float16 [K]: one row of its unit's file, which is read whole only once."""
+        if self.others is not None:
+            return self.others[entry.id]
         file, row = entry.soft_labels["file"], entry.soft_labels["row"]
         if file not in self._whole:
             self._whole_file(file, entry.soft_labels["sha256"])

@@ -1,17 +1,20 @@
 """Rewrites a frozen network so that each BatchNorm (+ residual) (+ activation) becomes one fused site that yields moments.
 
 `fuse(model)` traces the network with torch.fx and folds the chains it finds; where tracing fails it replaces the BatchNorm
-modules alone. Weights are shared with the original, which stays as it was; those of convolutions may be laid out anew. Not for
-training: BatchNorm is applied with its running statistics.
+modules alone. Sites that are no BatchNorm inputs have an operator of their own beside what they are an input or output of.
+Weights are shared with the original, which stays as it was; those of convolutions may be laid out anew. Not for training:
+BatchNorm is applied with its running statistics.
 """
 
 from __future__ import annotations
 
 import copy
 import operator
+import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.fx
@@ -22,24 +25,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import backends, ops, reference
 from .errors import InputError
 from .models import check_teacher
-
-Moments = dict[str, tuple[Tensor, Tensor]]  # site name → mean [G, C], var [G, C], in the order the sites ran
+from .moments import Moments, Observer, Tape
+from .sites import Site, SiteRule, call_name, hook_site, leaves, select
 
 
 class FusedModel(nn.Module):
-    """A frozen network that returns its logits together with the moments of every BatchNorm input.
+    """A frozen network that returns its logits together with the moments of its sites.
 
     Attributes
     ----------
     traced : whether chains were fused, or (False) only the BatchNorm modules were replaced
     memory_format : the layout that images [N, C, H, W] are brought to, see `fuse`
-    site_names : the BatchNorm layers that the network has (traced: those that it runs), by module name
+    site_names : the sites that were asked for, see `sites.Site`; they yield moments if their modules run
     """
 
-    def __init__(self, body: nn.Module, tape: _Tape, sites: dict[str, _Site], traced: bool, memory_format: torch.memory_format):
+    def __init__(self, body: nn.Module, plan: _Plan, traced: bool, memory_format: torch.memory_format):
         super().__init__()
-        self.body, self._tape, self.traced, self.memory_format = body, tape, traced, memory_format
-        self.site_names = list(sites)
+        self.body, self._tape, self.traced, self.memory_format = body, plan.tape, traced, memory_format
+        self.site_names = [site.name for site in plan.sites]
+        self._observers = nn.ModuleList(plan.observers.values())
+        self._pixels = [observer for observer in plan.observers.values() if not observer.site.module_name]
 
     def forward(self, images: Tensor, group_starts: Tensor | None = None) -> tuple[Tensor, Moments]:
         """Runs the network once.
@@ -52,29 +57,45 @@ class FusedModel(nn.Module):
         Returns
         -------
         logits : what the network returns, [N, K]
-        moments : for each site that ran its input's mean and biased variance, [G, C] each, in the order they ran. A layer
-            that runs several times in one pass appears as ``name``, ``name#2``, …
+        moments : for each site that ran its mean and biased variance, [G, C] each, in the order they ran. A site that runs
+            several times in one pass appears as ``name``, ``name#2``, …
         """
         self._tape.start(ops.check_group_starts(group_starts, images), len(images))
         if images.dim() == 4 and self.memory_format != torch.preserve_format:
             images = images.contiguous(memory_format=self.memory_format)
+        for observer in self._pixels:
+            observer(images)
         logits = self.body(images)
         return logits, self._tape.finish()
 
-    def running_means(self, names: Iterable[str]) -> Tensor:
-        """The running means of these sites (``name#2`` is the layer `name`), side by side: [T]."""
-        sites = {m.site_name: m.running_mean for m in self.body.modules() if isinstance(m, _Site)}
-        return torch.cat([sites[name.split("#")[0]] for name in names])
+    def running_means(self, names: Iterable[str], channels: Iterable[int] | None = None) -> Tensor:
+        """The running means of these sites (``name#2`` is the layer `name`), side by side: [T].
+
+        `channels` of each are needed where there are sites that are no BatchNorm inputs: theirs are taken to be 0.
+        """
+        known = {m.site_name: m.running_mean for m in self.body.modules() if isinstance(m, _Site)}
+        device = next(chain(self.body.buffers(), self.body.parameters())).device
+        names = list(names)
+        found = [known.get(name.split("#")[0]) for name in names]
+        sizes = channels if channels is not None else [0] * len(names)
+        return torch.cat([torch.zeros(c, device=device) if mean is None else mean for mean, c in zip(found, sizes)])
 
     def describe(self) -> str:
         """One line a site: its name, and what was folded into it."""
         sites = [m for m in self.body.modules() if isinstance(m, _Site)]
         how = "traced" if self.traced else "BatchNorm modules alone, the network could not be traced"
-        return "\n".join([f"{len(sites)} fused sites ({how})", *(f"  {site.site_name}: {site.extra_repr()}" for site in sites)])
+        lines = [f"  {site.site_name}: {site.extra_repr()}" for site in sites]
+        lines += [f"  {observer.site.name}: moments only" for observer in self._observers]
+        return "\n".join([f"{len(sites)} fused sites ({how})", *lines])
 
 
 def fuse(
-    model: nn.Module, *, backend: str = "auto", trace: bool = True, memory_format: torch.memory_format | None = None
+    model: nn.Module,
+    *,
+    sites: Sequence[str] = ("bn",),
+    backend: str = "auto",
+    trace: bool = True,
+    memory_format: torch.memory_format | None = None,
 ) -> FusedModel:
     """Fuses a frozen network's BatchNorm layers with what follows them.
 
@@ -82,6 +103,8 @@ def fuse(
     ----------
     model : a network in eval mode without trainable parameters, see `bnfuse.freeze`; it shares its weights with the result, but
         for those of convolutions that have to be laid out anew
+    sites : rules that say whose moments are wanted, see `bnfuse.sites`; default the inputs of all BatchNorm layers. Any other
+        site takes one more read of its tensor, which backward needs too and keeps
     backend : which kernels run, see `bnfuse.backends`
     trace : False replaces the BatchNorm modules alone, as happens by itself (with a warning) where torch.fx fails
     memory_format : of images and activations [N, C, H, W] inside the network. Default torch.channels_last, in which
@@ -90,18 +113,19 @@ def fuse(
 
     Raises
     ------
-    InputError : the network is not fit to be a teacher, see `models.check_teacher`; a memory_format of no such layout
+    InputError : the network is not fit to be a teacher, see `models.check_teacher`; a rule that nothing fits; a memory_format
+        of no such layout
     """
     backends.check_name(backend)
-    check_teacher(model)
+    check_teacher(model, needs_batchnorm=any(SiteRule.parse(rule).kind == "bn" for rule in sites))
     if memory_format not in (None, torch.channels_last, torch.contiguous_format, torch.preserve_format):
         raise InputError(
             f"memory_format must be torch.channels_last, contiguous_format or preserve_format, got {memory_format!r}"
         )
-    tape = _Tape()
+    plan = _Plan.of(select(model, sites), backend)
     if trace:
         try:
-            return _fuse_traced(model, tape, backend, memory_format or torch.channels_last)
+            return _fuse_traced(model, plan, memory_format or torch.channels_last)
         except Exception as error:  # torch.fx reports a network it cannot follow with whatever that network raised
             reason = str(error).splitlines()[0] if str(error) else ""
             warnings.warn(
@@ -109,56 +133,44 @@ def fuse(
                 "modules alone, activations and additions stay separate",
                 stacklevel=2,
             )
-    return _fuse_modules(model, tape, backend, memory_format or torch.preserve_format)
+    return _fuse_modules(model, plan, memory_format or torch.preserve_format)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What every part of a fused network is made with.
+
+    Attributes
+    ----------
+    sites : all that are wanted; observers : of those that have no fused operator, by name
+    """
+
+    sites: list[Site]
+    tape: Tape
+    backend: str
+    observers: dict[str, Observer]
+
+    @classmethod
+    def of(cls, sites: list[Site], backend: str) -> _Plan:
+        tape = Tape()
+        observers = {site.name: Observer(site, tape, backend) for site in sites if not site.batchnorm}
+        return cls(sites, tape, backend, observers)
+
+    def wants(self, batchnorm: str) -> bool:
+        """Whether the input of this BatchNorm layer is a site."""
+        return any(site.batchnorm and site.module_name == batchnorm for site in self.sites)
 
 
 # ---- the sites ----
 
 
-class _Tape:
-    """Hands the groups to the sites of one forward pass and collects their moments."""
-
-    def __init__(self):
-        self.group_starts: Tensor | None = None  # int64 [G + 1]
-        self.samples = 0
-        self.moments: Moments = {}
-
-    def start(self, group_starts: Tensor, samples: int) -> None:
-        self.group_starts, self.samples, self.moments = group_starts, samples, {}
-
-    def groups_of(self, x: Tensor) -> Tensor:
-        """int64 [G + 1]: the groups of x's samples, which must be those of the network's images."""
-        if len(x) != self.samples:
-            raise InputError(
-                f"a BatchNorm layer was given {len(x)} samples in a pass over {self.samples} images; networks that take "
-                "their batch apart cannot be matched by groups of samples"
-            )
-        return self.group_starts
-
-    def record(self, name: str, mean: Tensor, var: Tensor) -> None:
-        self.moments[call_name(name, self.moments)] = (mean, var)
-
-    def finish(self) -> Moments:
-        moments, self.moments = self.moments, {}  # the tape must not keep the graph alive
-        return moments
-
-
-def call_name(name: str, taken) -> str:
-    """`name` for a layer's first call in a pass, then ``name#2``, ``name#3``, …"""
-    if name not in taken:
-        return name
-    k = 2
-    while f"{name}#{k}" in taken:
-        k += 1
-    return f"{name}#{k}"
-
-
 class _Site(nn.Module):
-    """What fused and observed sites share: their name, the tape, the backend, the layer's running mean [C]."""
+    """What fused and observed BatchNorm layers share: name, tape, backend, whether their input's moments are wanted, and the
+    layer's running mean [C]."""
 
-    def __init__(self, batchnorm: _BatchNorm, name: str, tape: _Tape, backend: str):
+    def __init__(self, batchnorm: _BatchNorm, name: str, plan: _Plan):
         super().__init__()
-        self.site_name, self.tape, self.backend = name, tape, backend
+        self.site_name, self.tape, self.backend, self.wanted = name, plan.tape, plan.backend, plan.wants(name)
         self.register_buffer("running_mean", batchnorm.running_mean)
 
     def extra_repr(self) -> str:
@@ -168,8 +180,8 @@ class _Site(nn.Module):
 class FusedBatchNorm(_Site):
     """``act(BatchNorm(x) (+ residual))`` with the BatchNorm's running statistics, as one operator."""
 
-    def __init__(self, batchnorm: _BatchNorm, name: str, tape: _Tape, backend: str, act: Activation, has_residual: bool):
-        super().__init__(batchnorm, name, tape, backend)
+    def __init__(self, batchnorm: _BatchNorm, name: str, plan: _Plan, act: Activation, has_residual: bool):
+        super().__init__(batchnorm, name, plan)
         self.act, self.has_residual = act, has_residual
         scale = (batchnorm.running_var.double() + batchnorm.eps).rsqrt()  # [C]
         if batchnorm.weight is not None:
@@ -191,12 +203,13 @@ class FusedBatchNorm(_Site):
             residual if fits else None,
             self.scale.to(dtype),
             self.shift.to(dtype),
-            self.tape.groups_of(x),
+            self.tape.groups_of(x, self.site_name),
             self.act.name if fits else "identity",
             self.act.slope,
             self.backend,
         )
-        self.tape.record(self.site_name, mean, var)
+        if self.wanted:
+            self.tape.record(self.site_name, x, mean, var)
         return y if fits else reference.activation(y + residual, self.act.name, self.act.slope)
 
     def extra_repr(self) -> str:
@@ -211,12 +224,14 @@ class FusedBatchNorm(_Site):
 class ObservedBatchNorm(_Site):
     """A BatchNorm subclass whose forward is its own: it runs unchanged, its input's moments are taken beside it."""
 
-    def __init__(self, batchnorm: _BatchNorm, name: str, tape: _Tape, backend: str):
-        super().__init__(batchnorm, name, tape, backend)
+    def __init__(self, batchnorm: _BatchNorm, name: str, plan: _Plan):
+        super().__init__(batchnorm, name, plan)
         self.batchnorm = batchnorm
 
     def forward(self, x: Tensor) -> Tensor:
-        self.tape.record(self.site_name, *ops.group_moments(x, self.tape.groups_of(x), backend=self.backend))
+        if self.wanted:
+            groups = self.tape.groups_of(x, self.site_name)
+            self.tape.record(self.site_name, x, *ops.group_moments(x, groups, backend=self.backend))
         return self.batchnorm(x)
 
 
@@ -324,22 +339,13 @@ def _in_layout(convolution: nn.Module, memory_format: torch.memory_format) -> nn
 
 
 def _site(
-    batchnorm: _BatchNorm,
-    name: str,
-    tape: _Tape,
-    backend: str,
-    following: Activation = Activation(),
-    has_residual: bool = False,
+    batchnorm: _BatchNorm, name: str, plan: _Plan, following: Activation = Activation(), has_residual: bool = False
 ) -> _Site:
     """The module that takes a BatchNorm's place, with what could be folded into it."""
     if _is_plain(batchnorm):
-        return FusedBatchNorm(batchnorm, name, tape, backend, following, has_residual)
+        return FusedBatchNorm(batchnorm, name, plan, following, has_residual)
     own = _own_activation(batchnorm)
-    return (
-        ObservedBatchNorm(batchnorm, name, tape, backend)
-        if own is None
-        else FusedBatchNorm(batchnorm, name, tape, backend, own, False)
-    )
+    return ObservedBatchNorm(batchnorm, name, plan) if own is None else FusedBatchNorm(batchnorm, name, plan, own, False)
 
 
 def _own_activation(batchnorm: _BatchNorm) -> Activation | None:
@@ -352,15 +358,46 @@ def _own_activation(batchnorm: _BatchNorm) -> Activation | None:
 # ---- tracing and rewriting ----
 
 
+def _observed(values: object, site: str) -> None:
+    """Stands in a traced graph where `site` is observed, until its observer takes the place."""
+
+
 class _Tracer(torch.fx.Tracer):
-    """BatchNorm layers stay whole, also those whose class comes from outside torch.nn."""
+    """BatchNorm layers stay whole, also those whose class comes from outside torch.nn; what holds a site is entered, also
+    where it is of torch.nn. Where an observed module is called the graph says so."""
+
+    def __init__(self, observers: dict[str, Observer]):
+        super().__init__()
+        self.observed: dict[str, list[Site]] = {}  # by module
+        for observer in observers.values():
+            self.observed.setdefault(observer.site.module_name, []).append(observer.site)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, _BatchNorm) or super().is_leaf_module(module, qualified_name)
+        if isinstance(module, _BatchNorm):
+            return True
+        return super().is_leaf_module(module, qualified_name) and not any(
+            name.startswith(qualified_name + ".") for name in self.observed
+        )
+
+    def call_module(self, module, forward, args, kwargs):
+        sites = self.observed.get(self.path_of_module(module), ()) if self.observed else ()
+        for site in sites:
+            if site.end == "input":
+                self._mark(site, (*args, *kwargs.values()))
+        output = super().call_module(module, forward, args, kwargs)
+        for site in sites:
+            if site.end == "output":
+                self._mark(site, output)
+        return output
+
+    def _mark(self, site: Site, values: object) -> None:
+        if site.index == 0:  # then nothing else is used here, and may be folded away
+            values = next(iter(leaves(values)), None)
+        self.create_proxy("call_function", _observed, (values, site.name), {})
 
 
-def _fuse_traced(model: nn.Module, tape: _Tape, backend: str, memory_format: torch.memory_format) -> FusedModel:
-    graph = _Tracer().trace(model)
+def _fuse_traced(model: nn.Module, plan: _Plan, memory_format: torch.memory_format) -> FusedModel:
+    graph = _Tracer(plan.observers).trace(model)
     body = torch.fx.GraphModule(model, graph)
     modules = dict(model.named_modules())
     for node in list(graph.nodes):  # what does nothing in eval mode would only hide the chains
@@ -369,17 +406,51 @@ def _fuse_traced(model: nn.Module, tape: _Tape, backend: str, memory_format: tor
             graph.erase_node(node)
         elif node.op == "call_method" and node.target == "view" and not any(isinstance(a, torch.dtype) for a in node.args):
             node.target = "reshape"  # the same, in every layout
+    _place_observers(graph, body, modules, plan)
     sites: dict[str, _Site] = {}
     for node in list(graph.nodes):
-        if node.op == "call_module" and isinstance(modules[node.target], _BatchNorm):
+        if node.op == "call_module" and isinstance(modules.get(node.target), _BatchNorm):
             name = call_name(node.target, sites)
-            sites[name] = _fold(graph, body, modules, node, f"site_{len(sites)}", name, tape, backend)
+            sites[name] = _fold(graph, body, modules, node, f"site_{len(sites)}", name, plan)
     body.delete_all_unused_submodules()
     graph.lint()
     _freeze_convolutions(body, memory_format)
     body.recompile()
     body.eval()
-    return FusedModel(body, tape, sites, True, memory_format)
+    return FusedModel(body, plan, True, memory_format)
+
+
+def _place_observers(graph: torch.fx.Graph, body: torch.fx.GraphModule, modules: dict[str, nn.Module], plan: _Plan) -> None:
+    names = {name: f"observer_{i}" for i, name in enumerate(plan.observers)}
+
+    def kept(value: torch.fx.Node) -> torch.fx.Node:
+        """Backward needs the values as they are here, whatever is done to them in place later on."""
+        return graph.call_method("clone", (value,)) if _is_changed(value, modules) else value
+
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is _observed:
+            values, site = node.args
+            if not hasattr(body, names[site]):
+                body.add_submodule(names[site], plan.observers[site])
+            with graph.inserting_before(node):
+                graph.call_module(names[site], (torch.fx.node.map_arg(values, kept),))
+            graph.erase_node(node)
+
+
+_IN_PLACE = re.compile(r"[a-z]\w*[a-z0-9]_|i(?:add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)|setitem")
+
+
+def _is_changed(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether something that is done to a node's tensor may write over it."""
+    for user in node.users:
+        if not user.args or user.args[0] is not node:
+            continue
+        if user.kwargs.get("inplace") or user.op == "call_module" and getattr(modules.get(user.target), "inplace", False):
+            return True
+        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+        if user.op in ("call_method", "call_function") and _IN_PLACE.fullmatch(name):
+            return True
+    return False
 
 
 def _fold(
@@ -389,8 +460,7 @@ def _fold(
     node: torch.fx.Node,
     attribute: str,
     name: str,
-    tape: _Tape,
-    backend: str,
+    plan: _Plan,
 ) -> _Site:
     """Replaces a BatchNorm node, and the addition and activation that alone use it, by one site."""
     batchnorm, last, residual, act = modules[node.target], node, None, Activation()
@@ -401,7 +471,7 @@ def _fold(
         user = _only_user(last)
         if user is not None and (found := _activation_of_node(user, modules)) is not None:
             last, act = user, found
-    site = _site(batchnorm, name.split("#")[0], tape, backend, act, residual is not None)
+    site = _site(batchnorm, name.split("#")[0], plan, act, residual is not None)
     body.add_submodule(attribute, site)
     with graph.inserting_before(last):  # here the residual has been computed too
         fused = graph.call_module(attribute, (node.args[0],) if residual is None else (node.args[0], residual))
@@ -450,18 +520,24 @@ def _activation_of_node(node: torch.fx.Node, modules: dict[str, nn.Module]) -> A
     return Activation(name, slope)
 
 
-def _fuse_modules(model: nn.Module, tape: _Tape, backend: str, memory_format: torch.memory_format) -> FusedModel:
-    """A copy of the network, weights shared, with every BatchNorm module replaced by a site."""
+def _fuse_modules(model: nn.Module, plan: _Plan, memory_format: torch.memory_format) -> FusedModel:
+    """A copy of the network, weights shared, with every BatchNorm module replaced by a site, and hooks for other sites."""
     shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     body = copy.deepcopy(model, memo=shared)
-    sites: dict[str, _Site] = {}
     replaced: dict[_BatchNorm, _Site] = {}  # one layer may be registered under several names
     for name, module in list(body.named_modules(remove_duplicate=False)):
         if isinstance(module, _BatchNorm):
             if module not in replaced:
-                replaced[module] = sites[name] = _site(module, name, tape, backend)
+                replaced[module] = _site(module, name, plan)
             parent, _, attribute = name.rpartition(".")
             setattr(body.get_submodule(parent), attribute, replaced[module])
     _freeze_convolutions(body, memory_format)
+    for observer in plan.observers.values():
+        if observer.site.module_name:
+            hook_site(body, observer.site, observer)
+    if plan.observers:  # backward needs what was observed as it was
+        for module in body.modules():
+            if getattr(module, "inplace", False) is True:
+                module.inplace = False
     body.eval()
-    return FusedModel(body, tape, sites, False, memory_format)
+    return FusedModel(body, plan, False, memory_format)

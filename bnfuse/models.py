@@ -1,6 +1,6 @@
 """How a network is named, and how a teacher is loaded, checked and frozen. How one is trained is in `training`.
 
-A *teacher* is a classifier with BatchNorm layers, pretrained on the private images, in eval mode and frozen. It may be
+A *teacher* is a classifier pretrained on the private images, in eval mode and frozen, mostly with BatchNorm layers. It may be
 one of bnfuse's own networks, a torchvision or timm model, a function in a file of the user's own, or a checkpoint that
 `training` wrote.
 """
@@ -26,6 +26,7 @@ from .checkpoints import WEIGHT_SUFFIXES, WeightFacts, load_state, read_facts, r
 from .errors import InputError
 from .networks import CifarResNet, ConvNet
 from .preprocessing import Preprocessing
+from .sites import other_sites
 
 SPEC_GRAMMAR = """\
 A model is named by one of
@@ -123,7 +124,7 @@ def load_teacher(
         num_classes = read_weights(weights).get("linear.weight", torch.empty(1)).shape[0]
 
     model = build_model(spec, num_classes, preprocessing.channels, None if weights is None else str(weights))
-    check_teacher(freeze(model))
+    check_teacher(freeze(model), needs_batchnorm=False)
     num_classes = check_output(model, spec, preprocessing, num_classes)
     if known.class_names is not None and len(known.class_names) != num_classes:
         raise InputError(f"{weights} names {len(known.class_names)} classes, but {spec} tells {num_classes} apart")
@@ -157,21 +158,18 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def check_teacher(model: nn.Module) -> None:
-    """See that the model is one whose BatchNorm statistics can be matched.
+def check_teacher(model: nn.Module, *, needs_batchnorm: bool = True) -> None:
+    """See that the model is one whose statistics can be matched: those of its BatchNorm layers, or of other sites as well.
 
     Raises
     ------
     InputError
-        It has no BatchNorm layer; one is in training mode, keeps no running statistics, or has statistics that are not
-        finite or a negative variance; or a parameter requires a gradient.
+        It has no BatchNorm layer where it needs one; one is in training mode, keeps no running statistics, or has statistics
+        that are not finite or a negative variance; or a parameter requires a gradient.
     """
     layers = batchnorm_layers(model)
-    if not layers:
-        raise InputError(
-            f"{type(model).__name__} has no BatchNorm layer, so there are no statistics to match: choose a network "
-            "that has some, for example resnet20 or torchvision:resnet18"
-        )
+    if not layers and needs_batchnorm:
+        raise InputError(f"{type(model).__name__} has no BatchNorm layer: {other_sites(model)}")
     for name, layer in layers.items():
         if layer.running_mean is None or layer.running_var is None:
             raise InputError(

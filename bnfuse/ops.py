@@ -538,8 +538,11 @@ def bn_loss(
     InputError : an unknown distance, or targets of several classes without `classes`
     RuntimeError : shapes or dtypes that do not fit, on the compiled backends
     """
-    if distance not in reference.DISTANCES:
-        raise InputError(f"unknown distance {distance!r}; choose one of {', '.join(reference.DISTANCES)}")
+    if distance in reference.EAGER_DISTANCES:
+        backend = "reference"
+    elif distance not in reference.DISTANCES:
+        known = (*reference.DISTANCES, *reference.EAGER_DISTANCES)
+        raise InputError(f"unknown distance {distance!r}; choose one of {', '.join(known)}")
     if not mean:
         raise InputError("bn_loss needs the moments of at least one site, got none")
     if classes is None and len(target_mean) > 1:

@@ -14,8 +14,8 @@ from torch.optim.adam import adam
 from .augment import Augmentation, View
 from .capture import CapturedObjective
 from .distributed import ALONE, Team
+from .ensemble import Ensemble
 from .errors import BnfuseError, InputError
-from .matching import group_by_class
 from .models import Teacher
 from .objective import Losses, Objective
 from .seeds import derive_seed
@@ -33,7 +33,7 @@ class NonFiniteLoss(BnfuseError):
     Attributes
     ----------
     unit, step : where, and after how many steps of it
-    where : the site (BatchNorm layer) or loss term that was the first not to be finite
+    where : the site or loss term that was the first not to be finite
     """
 
     def __init__(self, message: str, unit: int, step: int, where: str):
@@ -55,8 +55,8 @@ class Checkpoint(Protocol):
 
 
 def optimise(
-    objective: Objective,
-    labels: Tensor,
+    objective: Objective | Ensemble,
+    groups: tuple[Tensor, Tensor],
     outputs: Tensor,
     seeds: Sequence[int],
     unit: int,
@@ -75,7 +75,8 @@ def optimise(
 
     Parameters
     ----------
-    labels : int64 [N], each image's row of the targets, in runs of one class
+    groups : int64 [G + 1], where each group of the N images that has statistics of its own begins; and each group's row of the
+        targets, or a mixture of rows, see `Targets.groups`
     outputs : int64 [N], the logit to raise, or probabilities [N, K]
     seeds : N of them, one an image; `unit` seeds the views
     show : called now and then with the step, this rank's images so far, and the loss terms
@@ -83,7 +84,8 @@ def optimise(
     offload : images and Adam's state stay in the CPU's memory, and on the device is one micro-batch of them at a time
     cuda_graph : the network's part of a step is captured and replayed, see `capture`; for a batch in one piece on a GPU
     team : the ranks that share the batch; each is given all of it here
-    state : what a checkpoint was given. With the same micro_batch and team the unit ends with the same bits as without a break
+    state : what a checkpoint was given; images and Adam's state are taken out of it, not to be held twice. With the same
+        micro_batch and team the unit ends with the same bits as without a break
     checkpoint : None, nothing is kept
 
     Returns
@@ -95,35 +97,43 @@ def optimise(
     InputError : a micro_batch that is not positive, a cuda_graph of something else, a state of another unit
     NonFiniteLoss : on all ranks of the team alike
     """
-    group_starts, group_classes = group_by_class(labels)
-    batch = VirtualBatch(group_starts, micro_batch, team, objective.teacher.running_means)
+    group_starts, group_classes = groups
+    batch = VirtualBatch(group_starts, micro_batch, team, objective.running_means)
     seeds, outputs = seeds[batch.rows], outputs[batch.rows]
-    device, home = labels.device, torch.device("cpu") if offload else labels.device
+    device = group_starts.device
+    home = torch.device("cpu") if offload else device
     low, high = _valid_range(teacher, device)
-    captured = None
+    valid_range = (low, high) if config.clip else None
+    captured: dict[int, CapturedObjective] = {}  # by the objective's id: a graph for every choice of teachers
     if cuda_graph:
         check_cuda_graph(device, batch.is_plain and not offload)
-        captured = CapturedObjective(objective, outputs, group_starts, group_classes)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "views", unit))
-    watch, images, step, terms = _Watch(unit, objective.matcher.names), None, 0, {}
+    watch, images, step, terms = _Watch(unit), None, 0, {}
+    objective.begin()
     if state is not None:
-        images, step = _restore(state, batch, home, generator, config)
+        images, step = _restore(state, batch, home, generator, objective, config)
 
-    def losses_and_gradients(view: View) -> tuple[Losses, Iterable[tuple[slice, Tensor]]]:
+    def losses_and_gradients(active: Objective, view: View) -> tuple[Losses, Iterable[tuple[slice, Tensor]]]:
         """The loss of the whole batch; then, one micro-batch after the other, its rows and their gradient."""
 
         def look(part: MicroBatch) -> Seen:
             leaf = images.on(device, part.rows).requires_grad_()
-            return Seen(leaf, *objective.look(leaf, view[part.rows](leaf), outputs[part.rows], part.group_starts))
+            return Seen(leaf, *active.look(leaf, view[part.rows](leaf), outputs[part.rows], part.group_starts))
 
         if batch.is_plain:
             leaf = images.on(device).requires_grad_()
-            if captured is not None:
-                losses, gradient = captured(leaf, view(leaf))
+            if cuda_graph:
+                if id(active) not in captured:
+                    captured[id(active)] = CapturedObjective(active, outputs, group_starts, group_classes)
+                losses, gradient = captured[id(active)](leaf, view(leaf))
                 return losses, [(slice(None), gradient)]
-            losses = objective(leaf, view(leaf), outputs, group_starts, group_classes)
+            losses = active(leaf, view(leaf), outputs, group_starts, group_classes)
             return losses, [(slice(None), torch.autograd.grad(losses.total, leaf)[0])]
-        return batch.gradients(look, lambda means, moments: objective.combine(means, moments, group_classes))
+        return batch.gradients(look, lambda means, moments: active.combine(means, moments, group_classes, batch.count))
+
+    def beginning(size: tuple[int, int]) -> Tensor:
+        """What a stage starts from: noise, or the images of the stage before. No name holds it, for then it would be kept."""
+        return (_start(seeds, teacher, size, config) if images is None else _resize(images.values, size)).to(home)
 
     end = 0
     for size, steps in stages(teacher.preprocessing.image_size, config):
@@ -131,22 +141,24 @@ def optimise(
         if step >= end:  # the state is of a later stage
             continue
         if step == begin:
-            pixels = _start(seeds, teacher, size, config) if images is None else _resize(images.values, size)
-            images = Images(pixels.to(home).clamp(low.to(home), high.to(home)))
+            images = Images(beginning(size).clamp_(low.to(home), high.to(home)))
         scale = size[0] / teacher.preprocessing.image_size[0]
-        augmentation = Augmentation(round(config.jitter * scale), config.flip, config.crop_scale)
+        augmentation = Augmentation(round(config.jitter * scale), config.flip, config.crop_scale, config.crop_curriculum)
         while step < end:
-            losses, gradients = losses_and_gradients(augmentation.draw(images.values, generator, batch.count)[batch.rows])
+            view = augmentation.draw(images.values, generator, batch.count, (step - begin) / steps)[batch.rows]
+            active = objective.at(unit, step)
+            active.draw(generator)
+            losses, gradients = losses_and_gradients(active, view)
             for rows, gradient in gradients:
-                images.adam(rows, gradient, step - begin, learning_rate(config, step + 1), config.betas, (low, high))
+                images.adam(rows, gradient, step - begin, learning_rate(config, step + 1), config.betas, valid_range)
             step += 1
-            watch.add(step, losses)
+            watch.add(step, losses, active.site_names)
             if step % SHOW_EVERY == 0 or step == end:
                 terms = watch.check()
                 show(step, images.values, terms)
             if step < config.total_iterations and _wanted(checkpoint, step, team, device):
                 watch.check()
-                checkpoint.save(step, _state(images, step, batch, generator))
+                checkpoint.save(step, _state(images, step, batch, generator, objective))
     return team.gather_rows(images.values[: batch.owned], batch.count), terms
 
 
@@ -182,7 +194,7 @@ class Images:
         steps: int,
         lr: float,
         betas: tuple[float, float],
-        valid_range: tuple[Tensor, Tensor],
+        valid_range: tuple[Tensor, Tensor] | None,
     ) -> None:
         """One step of Adam (`torch.optim.Adam`'s own) on some images, on the gradient's device, after `steps` others."""
         held = [tensor[rows] for tensor in (self.values, self.exp_avg, self.exp_avg_sq)]
@@ -202,7 +214,8 @@ class Images:
             eps=1e-8,
             maximize=False,
         )
-        values.clamp_(*valid_range)
+        if valid_range is not None:
+            values.clamp_(*valid_range)
         for ours, theirs in zip(held, here):
             if ours is not theirs:  # they live on another device
                 ours.copy_(theirs)
@@ -222,24 +235,31 @@ def learning_rate(config: SynthesisConfig, step: int) -> float:
     """Of a unit's `step`, from 1: each stage has a schedule of its own."""
     low = config.low_resolution_iterations
     i, steps = (step - 1, low) if step <= low else (step - 1 - low, config.iterations)
-    return config.lr * _schedule(i, steps, config.warmup)
+    return config.lr * _schedule(i, steps, config.warmup, config.schedule)
 
 
 def _start(seeds: Sequence[int], teacher: Teacher, size: tuple[int, int], config: SynthesisConfig) -> Tensor:
-    """Each image's own noise: [N, C, *size], normalised units."""
-    shape = (teacher.preprocessing.channels, *size)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return config.noise_scale * torch.stack(noise)
+    """Each image's own noise: [N, C, *size], normalised units, channels_last.
+
+    It is drawn in place: a tensor an image would leave as many holes in the C library's heap, over which the small tensors of
+    the steps would spread.
+    """
+    noise = torch.empty(len(seeds), teacher.preprocessing.channels, *size)
+    for row, seed in enumerate(seeds):
+        noise[row].normal_(generator=torch.Generator().manual_seed(seed))
+    return noise.mul_(config.noise_scale).contiguous(memory_format=torch.channels_last)
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images, size, mode="bilinear", align_corners=False)
 
 
-def _schedule(i: int, iterations: int, warmup: int) -> float:
-    """Linear warm-up, then half a cosine down to 0."""
+def _schedule(i: int, iterations: int, warmup: int, kind: str = "cosine") -> float:
+    """Linear warm-up, then half a cosine down to 0, or constant."""
     if i < warmup:
         return (i + 1) / (warmup + 1)
+    if kind == "constant":
+        return 1.0
     return 0.5 * (1 + math.cos(math.pi * (i - warmup) / max(1, iterations - warmup)))
 
 
@@ -262,9 +282,12 @@ def _wanted(checkpoint: Checkpoint | None, step: int, team: Team, device: torch.
     return due if team.size == 1 else bool(team.sum_(torch.tensor([float(due)], device=device)))
 
 
-def _state(images: Images, step: int, batch: VirtualBatch, generator: torch.Generator) -> dict[str, Tensor]:
+def _state(
+    images: Images, step: int, batch: VirtualBatch, generator: torch.Generator, objective: Objective
+) -> dict[str, Tensor]:
     """What `_restore` goes on from, of the whole batch: copies, contiguous, on the CPU."""
-    state = {"step": torch.tensor(step), "generator": generator.get_state()}
+    kept = {name: value.cpu() for name, value in objective.state().items()}
+    state = {"step": torch.tensor(step), "generator": generator.get_state(), **kept}
     for name in _TENSORS:
         whole = batch.team.gather_rows(getattr(images, name)[: batch.owned], batch.count)
         state[name] = whole.clone(memory_format=torch.contiguous_format).cpu()
@@ -272,10 +295,15 @@ def _state(images: Images, step: int, batch: VirtualBatch, generator: torch.Gene
 
 
 def _restore(
-    state: dict[str, Tensor], batch: VirtualBatch, home: torch.device, generator: torch.Generator, config: SynthesisConfig
+    state: dict[str, Tensor],
+    batch: VirtualBatch,
+    home: torch.device,
+    generator: torch.Generator,
+    objective: Objective,
+    config: SynthesisConfig,
 ) -> tuple[Images, int]:
-    """This rank's images and the step they are at; sets the generator."""
-    if missing := {*_TENSORS, "step", "generator"} - set(state):
+    """This rank's images, taken out of the state, and the step they are at; sets the generator and what the loss keeps."""
+    if missing := {*_TENSORS, "step", "generator", *objective.state()} - set(state):
         raise InputError(f"the state of a unit lacks {', '.join(sorted(missing))}; begin the unit again")
     step, count = int(state["step"]), len(state["values"])
     if count != batch.count or not 0 < step < config.total_iterations:
@@ -284,8 +312,9 @@ def _restore(
             f"{config.total_iterations} steps: it is another's; begin the unit again"
         )
     generator.set_state(state["generator"])
+    objective.restore(state)
     # Laid out as `Images` does it: strides that mean the same (of one channel) may choose another convolution, and other bits.
-    own = [state[name][batch.rows].to(home, copy=True).contiguous(memory_format=torch.channels_last) for name in _TENSORS]
+    own = [state.pop(name)[batch.rows].to(home, copy=True).contiguous(memory_format=torch.channels_last) for name in _TENSORS]
     return Images(*own), step
 
 
@@ -295,28 +324,28 @@ def _restore(
 class _Watch:
     """Remembers the losses of the last steps, so that looking at them now and then is enough to say where it began."""
 
-    def __init__(self, unit: int, sites: Sequence[str]):
-        self.unit, self.sites = unit, sites
-        self.seen: list[tuple[int, dict[str, Tensor], Tensor]] = []  # step, terms, distances [G, S]
+    def __init__(self, unit: int):
+        self.unit = unit
+        self.seen: list[tuple[int, dict[str, Tensor], Tensor, Sequence[str]]] = []  # step, terms, distances [G, S], sites
 
-    def add(self, step: int, losses: Losses) -> None:
-        self.seen.append((step, {name: value.detach() for name, value in losses.terms.items()}, losses.distances))
+    def add(self, step: int, losses: Losses, sites: Sequence[str]) -> None:
+        self.seen.append((step, {name: value.detach() for name, value in losses.terms.items()}, losses.distances, sites))
 
     def check(self) -> dict[str, float]:
         """The terms of the last step; NonFiniteLoss if any step's total, since the last check, was not finite."""
-        totals = torch.stack([terms["total"] for _, terms, _ in self.seen]).tolist()
+        totals = torch.stack([terms["total"] for _, terms, _, _ in self.seen]).tolist()
         broken = [seen for total, seen in zip(totals, self.seen) if not math.isfinite(total)]
         if broken:
             raise self._error(*broken[0])
         del self.seen[:-1]
         return {name: value.item() for name, value in self.seen[0][1].items()}
 
-    def _error(self, step: int, terms: dict[str, Tensor], distances: Tensor) -> NonFiniteLoss:
+    def _error(self, step: int, terms: dict[str, Tensor], distances: Tensor, names: Sequence[str]) -> NonFiniteLoss:
         values = {name: value.item() for name, value in terms.items()}
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         sites = (~distances.isfinite()).any(0).nonzero().flatten().tolist()
-        where = self.sites[sites[0]] if sites else bad[0]
-        began = f"it began at BatchNorm layer {where!r}, whose statistics or distance are not; " if sites else ""
+        where = names[sites[0]] if sites else bad[0]
+        began = f"it began at site {where!r}, whose statistics or distance are not; " if sites else ""
         return NonFiniteLoss(
             f"unit {self.unit}, step {step}: the loss is not finite ({', '.join(f'{n} = {values[n]}' for n in bad)}); {began}"
             "lower lr or bn_weight, or choose a distance that does not divide by the variance",

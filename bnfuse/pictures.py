@@ -60,15 +60,20 @@ class ContactSheet:
         self.rows, self.columns, self.every = rows, columns, every
         self.last = time.monotonic()
 
-    def refresh(self, unit, pixels: Callable[[], Tensor]) -> None:
-        """Shows the unit's images, uint8 [N, C, H, W], if the last picture is some seconds old."""
+    def refresh(self, unit, count: int, pixels: Callable[[list[int]], Tensor]) -> None:
+        """Shows the unit's first `count` images, if the last picture is some seconds old.
+
+        `pixels` gives some of them, uint8 [n, C, H, W]; it is asked for those alone that have a place on the sheet.
+        """
         if time.monotonic() - self.last < self.every:
             return
-        forming = dict(zip(zip(unit.classes, unit.indices), pixels()))
-        size = next(iter(forming.values())).shape
-        done = self._stored()
-        shown = {key: image for key, image in {**done, **forming}.items() if image.shape == size}
-        self._write(shown)
+        places = list(zip(unit.classes, unit.indices))[:count]
+        rows = [row for row, (k, i) in enumerate(places) if k < self.rows and i < self.columns]
+        forming = {places[row]: image for row, image in zip(rows, pixels(rows) if rows else ())}
+        stored = self._stored()
+        if shown := {**stored, **forming}:
+            size = next(iter((forming or stored).values())).shape
+            self._write({key: image for key, image in shown.items() if image.shape == size})
         self.last = time.monotonic()
 
     def final(self) -> None:

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from . import priors
 from .augment import Augmentation
+from .configs import check_whole
+from .ensemble import TEACHER_PLANS, Committee
 from .errors import InputError
+from .matching_config import MatchingConfig
 from .objective import PRECISIONS
-from .reference import DISTANCES
+from .sites import SiteRule
 
-TARGETS = ("class", "global", "running")
 CLASS_PLANS = ("grouped", "balanced")
+SCHEDULES = ("cosine", "constant")
 
 
 @dataclass(frozen=True)
-class SynthesisConfig:
-    """Everything that decides which images come out, beside the teacher and the statistics.
+class SynthesisConfig(MatchingConfig):
+    """Everything that decides which images come out, beside the teacher and the statistics: what is here, and how statistics
+    are matched, which `MatchingConfig` has.
 
     Attributes
     ----------
@@ -35,23 +40,31 @@ class SynthesisConfig:
     low_resolution_iterations : steps at half the size before, from which the full size starts
     lr : Adam's learning rate at its peak, in units of the normalised image
     betas : Adam's betas
-    warmup : steps over which the learning rate rises; then it falls to 0 by a cosine
-    targets : statistics to match: each class's own, all classes pooled (global), or the network's running averages
-        (running, needs no recording)
-    distance : distance between statistics: see `reference.bn_distance`
-    bn_weight : weight of the BN-statistic loss
-    first_site_weight : weight of the first BN layer, where the other layers have 1; it alone sees the pixels' statistics
+    warmup : steps over which the learning rate rises
+    schedule : then it falls to 0 by a cosine, or is constant
+    clip : after each step images are cut to what pixels may be, as the stored ones are
+    bn_weight : weight of the BN-statistic loss; negative drives the statistics away
+    round_moments : moments are rounded to float16 before they are matched, as in a hook under autocast (FADRM)
     ce_weight : weight of the cross-entropy
     tv_weight : weight of total variation
     l2_weight : weight of the mean squared pixel
+    prior_kind : what those two are: mean_squares; norms, as DeepInversion has them; or absolute differences, see `priors`
     jitter : largest random shift, in pixels at full size
     flip : random left-right flips
     crop_scale : least share of the area in random resized crops; 1 for none
+    crop_curriculum : share of a stage's steps over which the least crop falls from 1 to crop_scale (CDA); 0, it is constant
     noise_scale : standard deviation of the starting noise, normalised
     precision : of activations and their gradients in the teacher: float32, or bfloat16 (autocast), which is faster on hardware
         that has it; moments, losses and images are float32 in both
+    teacher_plan : of several teachers: all at every step (together), one a step (in_turn), or teachers_drawn for each batch
+        (drawn)
+    teachers_drawn : how many teachers are drawn
+    teacher_weights : factor of each teacher's losses (default: those of a step have the same, whose sum is 1)
+    teacher_priors : instead, what each teacher is worth in percent; weights are softmax(priors / teacher_temperature)
+    teacher_temperature : the larger, the more alike the weights
     soft_labels : also store the teacher's logits of each image
     seed : seed of everything random
+    preset : another project's settings, by name, from which these began, see --list-presets
 
     Raises
     ------
@@ -68,38 +81,48 @@ class SynthesisConfig:
     lr: float = 0.1
     betas: tuple[float, float] = (0.5, 0.9)
     warmup: int = 0
-    targets: str = "class"
-    distance: str = "l2"
+    schedule: str = "cosine"
+    clip: bool = True
     bn_weight: float = 1.0
-    first_site_weight: float = 10.0
+    round_moments: bool = False
     ce_weight: float = 1.0
     tv_weight: float = 0.0
     l2_weight: float = 0.0
+    prior_kind: str = "mean_squares"
     jitter: int = 0
     flip: bool = False
     crop_scale: float = 1.0
+    crop_curriculum: float = 0.0
     noise_scale: float = 1.0
     precision: str = "float32"
+    teacher_plan: str = "together"
+    teachers_drawn: int = 2
+    teacher_weights: tuple[float, ...] | None = None
+    teacher_priors: tuple[float, ...] | None = None
+    teacher_temperature: float = 5.0
     soft_labels: bool = False
     seed: int = 0
+    preset: str | None = None
 
     def __post_init__(self):
-        positive = ("images_per_class", "batch_size", "classes_per_batch", "iterations", "lr")
-        not_negative = (
-            "low_resolution_iterations",
-            "warmup",
-            "bn_weight",
-            "first_site_weight",
-            "ce_weight",
-            "tv_weight",
-            "l2_weight",
-            "noise_scale",
-        )
-        for name in positive + not_negative:
+        super().__post_init__()
+        whole = ("images_per_class", "batch_size", "classes_per_batch", "iterations", "teachers_drawn")
+        check_whole(self, dict.fromkeys(whole, 1))
+        check_whole(self, dict.fromkeys(("low_resolution_iterations", "warmup", "jitter", "seed"), 0))
+        positive = ("lr", "teacher_temperature")
+        for name in (*positive, "ce_weight", "tv_weight", "l2_weight", "noise_scale"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
                 raise InputError(f"{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")
-        allowed_values = {"targets": TARGETS, "distance": DISTANCES, "precision": PRECISIONS, "class_plan": CLASS_PLANS}
+        if not math.isfinite(self.bn_weight):
+            raise InputError(f"bn_weight must be finite, got {self.bn_weight}")
+        allowed_values = {
+            "precision": PRECISIONS,
+            "class_plan": CLASS_PLANS,
+            "schedule": SCHEDULES,
+            "prior_kind": priors.KINDS,
+            "teacher_plan": TEACHER_PLANS,
+        }
         for name, allowed in allowed_values.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -109,7 +132,12 @@ class SynthesisConfig:
             )
         if self.classes_per_batch > self.batch_size:
             raise InputError(f"{self.classes_per_batch} classes do not fit a batch of {self.batch_size} images")
-        Augmentation(self.jitter, self.flip, self.crop_scale)  # checks its own
+        if self.low_resolution_iterations and any(SiteRule.parse(rule).cells for rule in self.sites):
+            raise InputError(
+                "smaller images have fewer spatial cells, which targets of full size do not fit: leave out "
+                f"low_resolution_iterations={self.low_resolution_iterations}, or the sites in cells ({', '.join(self.sites)})"
+            )
+        Augmentation(self.jitter, self.flip, self.crop_scale, self.crop_curriculum)  # checks its own
 
     @classmethod
     def from_card(cls, card: dict) -> SynthesisConfig:
@@ -119,6 +147,22 @@ class SynthesisConfig:
             return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
         except TypeError as error:
             raise InputError(f"the card has no config that this bnfuse knows ({error}): use the version on the card") from error
+
+    def to_card(self) -> dict:
+        """The fields, in JSON's types."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+    @property
+    def committee(self) -> Committee:
+        """What several teachers are to each other."""
+        return Committee(
+            self.teacher_plan,
+            self.teachers_drawn,
+            self.teacher_weights,
+            self.teacher_priors,
+            self.teacher_temperature,
+            self.seed,
+        )
 
     @property
     def total_iterations(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from .labels import Labels
 from .manifest import StoreContents
 
 _DATA_FILES = {"webdataset": "train-*.tar", "parquet": "data/train-*.parquet", "imagefolder": "train/**"}
@@ -30,9 +31,13 @@ _SOFT_LABELS = {
     "imagefolder": "`soft_labels`, a file a class folder, rows in the order of the images' names",
 }
 
+_VIEWS = """\
+`relabel` has {count:,} augmented views of each image with the logits of {teacher}, float16. `bnfuse.Labels("PATH/relabel")`
+reads them; each view's `index` is a place in `relabel/ids.json`, which lists the images by their files' names."""
 
-def readme(contents: StoreContents, format: str) -> str:
-    """Markdown, with the Hub's front matter; nothing in it depends on the time or the machine."""
+
+def readme(contents: StoreContents, format: str, labels: Labels | None = None) -> str:
+    """Markdown, with the Hub's front matter; nothing in it depends on the time or the machine. `labels` are what went along."""
     card, names = contents.card, contents.class_names
     count = len(contents.entries)
     front = {
@@ -68,8 +73,12 @@ def readme(contents: StoreContents, format: str) -> str:
         "",
         f"Class numbers are positions in `class_names` of `card.json`: {_first_names(names)}.",
     ]
-    if contents.has_soft_labels:
-        lines += ["", f"The teacher's logits of each image, float16, are in {_SOFT_LABELS[format]}."]
+    relabelled = labels is not None and labels.plain
+    if relabelled or contents.has_soft_labels:
+        whose = f"The logits of {_plain(labels.card['teacher']['architecture'])}" if relabelled else "The teacher's logits"
+        lines += ["", f"{whose} of each image, float16, are in {_SOFT_LABELS[format]}."]
+    if labels is not None and not labels.plain:
+        lines += ["", *_VIEWS.format(count=labels.passes, teacher=_plain(labels.card["teacher"]["architecture"])).splitlines()]
     return "\n".join(lines) + "\n"
 
 

@@ -17,6 +17,7 @@ ACTIVATIONS = ("identity", "relu", "relu6", "leaky_relu", "silu", "hardswish")
 # Activations whose derivative is one of two constants: one bit an element tells which.
 TWO_SLOPE_ACTIVATIONS = ("relu", "relu6", "leaky_relu")
 DISTANCES = ("l2", "l2_squared", "mse", "l1", "kl", "hinge")
+EAGER_DISTANCES = ("kl_reverse",)  # of moments alone, so that a kernel of their own would gain nothing
 
 
 def moment_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -248,6 +249,7 @@ def bn_distance(
     - ``l2``: ‖Δμ‖₂ + ‖Δv‖₂, not squared (DeepInversion, arXiv 1912.08795, eq. 4; SRe2L). Gradient 0 where Δ = 0.
     - ``l2_squared``: ‖Δμ‖₂² + ‖Δv‖₂²; ``mse``: the same over C; ``l1``: ‖Δμ‖₁ + ‖Δv‖₁ over C.
     - ``kl``: mean over channels of KL(N(mean, var) ‖ N(target)), variances + eps; the weights do not apply.
+    - ``kl_reverse``: the same of KL(N(target) ‖ N(mean, var)) (ABD, arXiv 2106.09701).
     - ``hinge``: Σ max(|Δμ| − slack, 0)² + Σ max(|Δv| − slack, 0)² (DSG, arXiv 2103.01049).
 
     Parameters
@@ -260,8 +262,10 @@ def bn_distance(
     -------
     [G, S] in the moments' dtype
     """
-    if distance == "kl":
+    if distance in ("kl", "kl_reverse"):
         v, t = var + eps, target_var + eps
+        if distance == "kl_reverse":
+            v, t = t, v
         channel = 0.5 * (torch.log(t / v) + (v + (mean - target_mean).square()) / t - 1)
         return _site_sum(channel, site_channels) / site_channels
     if use_std:

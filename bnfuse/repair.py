@@ -28,7 +28,7 @@ from .plans import SynthesisConfig, Unit
 from .statistics import ClassStatistics
 from .store import ImageRecord, make_entry, open_locked, png_bytes, replace_manifest, soft_label_bytes, writing
 from .synthesis import computing_with
-from .units import UnitMaker
+from .units import UnitMaker, as_begun
 
 _MOST_ATTEMPTS = 100  # among whose seeds those of a unit are looked for
 
@@ -42,7 +42,7 @@ class RepairResult:
     found : what `verify` said before
     restored : made again, just as they were (or with no hash left to compare with)
     replaced : made again and different, with new hashes in the manifest (`accept_changes`)
-    differing : would have come out different, so that nothing was done to them
+    differing : would have come out different, so that nothing was done to them; `why` says what can have made them so
     problems : what `verify` says afterwards
     """
 
@@ -50,6 +50,7 @@ class RepairResult:
     restored: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
+    why: str = "another processor, or other versions, round otherwise"
     problems: list[str] = field(default_factory=list)
 
 
@@ -63,6 +64,7 @@ def repair(
     backend: str = "auto",
     micro_batch: int | None = None,
     progress: bool = True,
+    more_teachers: Sequence[tuple[Teacher, ClassStatistics | None]] = (),
 ) -> RepairResult:
     """Makes again what is damaged: images, soft labels, lines of the manifest.
 
@@ -70,24 +72,30 @@ def repair(
 
     Parameters
     ----------
-    teacher, statistics : those that the dataset was made from
+    teacher, statistics, more_teachers : those that the dataset was made from
     out : the dataset, finished or not
     accept_changes : take a file that comes out different, and note its hash; False leaves the damaged one as it is
-    device, backend, micro_batch : as in `synthesize`; default the backend that the dataset was made with. Another micro_batch
-        than then rounds otherwise
+    device, backend, micro_batch : as in `synthesize`; default the backend and the micro_batch that the dataset was made with.
+        Another micro_batch rounds otherwise, and is for `accept_changes`, as are images that teams of ranks made together
 
     Raises
     ------
     InputError
-        Teacher or statistics are others, the dataset is being written, or its card is damaged.
+        Teacher, statistics or micro_batch are others, the dataset is being written, or its card is damaged.
     """
     root = Path(out).expanduser()
     card = read_card(root)
     config = SynthesisConfig.from_card(card)
     device = choose_device(device)
-    maker = UnitMaker(teacher, statistics, config, device, card["backend"] if backend == "auto" else backend, micro_batch)
-    given = {**card, **maker.source.card(config, maker.backend, card.get("threads"))}
-    given["backend"] = card["backend"]
+    micro_batch = card.get("micro_batch") if micro_batch is None else micro_batch
+    backend = card["backend"] if backend == "auto" else backend
+    maker = UnitMaker(teacher, statistics, config, device, backend, micro_batch, more_teachers=more_teachers)
+    made_from = maker.card(card.get("threads"), card.get("ranks_per_batch", 1))
+    given = {**card, **as_begun(made_from, card)}
+    if not more_teachers:
+        given.pop("more_teachers", None)
+    for free in ("backend", *(["micro_batch"] if accept_changes and "micro_batch" in card else [])):
+        given[free] = card[free]
     given.pop("complete")
     refuse_other_identity(root, given, card, "Repair it with those that it was made from.")
     with ExitStack() as held, writing(root, "What was whole still is."), computing_with(card.get("threads")):
@@ -106,6 +114,11 @@ class _Repair:
         self.findings = inspect(root)
         self.lines = {entry.id: entry for entry in reversed(self.findings.entries)}  # the first of two alike
         self.result = RepairResult(self.findings.problems)
+        self.team = card.get("ranks_per_batch", 1)
+        if self.team > 1:
+            self.result.why = f"teams of {self.team} ranks made each batch together, and one process rounds otherwise"
+        elif "micro_batch" not in card:
+            self.result.why += ", and so does another --micro-batch than it was made with, of which its card says nothing"
 
     def run(self, shards: Sequence[Path], progress: bool) -> RepairResult:
         entries: list[Entry] = []
@@ -132,6 +145,9 @@ class _Repair:
         """Puts the unit's files in order as far as may be; returns its lines as they then are, None for one that is lost."""
         files = [image_file(k, i, self.names) for k, i in zip(unit.classes, unit.indices)]
         whole = [line is not None and line.file not in self.findings.damaged for line in lines]
+        if self.team > 1 and not all(whole) and not self.accept_changes:
+            self.result.differing += [file for file, is_whole in zip(files, whole) if not is_whole]
+            return lines
         images, records = self._images(unit, lines, files, whole)
         digests: list[str | None] = []  # of the image files as they then are; None for one that stays damaged
         changed = False

@@ -1,16 +1,19 @@
-"""The class-wise BatchNorm statistics of a private dataset: record, merge, save, load.
+"""The class-wise statistics of a private dataset inside a network: record, merge, save, load.
 
-For every BatchNorm input of a frozen network and every class: how many elements were seen, their mean, and M2 (the sum of
-squared deviations from that mean), pooled exactly over all images of the class and gathered in float64. Two recordings of
-disjoint images merge into the recording of their union.
+For every site of a frozen network (the inputs of its BatchNorm layers, or what else `sites` can name) and every class: how many
+elements were seen, their mean, and M2 (the sum of squared deviations from that mean), pooled exactly over all images of the
+class and gathered in float64. Two recordings of disjoint images merge into the recording of their union. What other programs
+take for a class's variance is in `estimators`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,19 +22,25 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .errors import InputError
+from .estimators import ImageCounts, SiteEstimator, check_variance
 from .files import atomic_path
-from .fusion import call_name
-from .models import Teacher, batchnorm_layers, check_teacher, fingerprint
+from .models import Teacher, check_teacher, fingerprint
 from .preprocessing import Preprocessing
 from .site_moments import SiteMoments
-from .statistics_file import FORMAT, VERSION, SitesOnDisk
+from .sites import Site, SiteRule, call_name, observe, select
+from .statistics_file import FORMAT, PARTS, VERSION, WHOLE_PARTS, SitesOnDisk
 
 MINIMUM_IMAGES = 20  # a class: fewer and its statistics describe single images
+_NO_MERGE = {  # of a variance that is not pooled: why
+    "images": "they hold averages of the images' own variances, not sums of squares about a common mean",
+    "batches": "they are of the batches that the images came in, not of the images alone",
+    "ema": "they depend on the order in which the batches came",
+}
 
 
 @dataclass
 class ClassStatistics:
-    """Class-wise moments of every BatchNorm input of one network over one dataset.
+    """Class-wise moments of one network's sites over one dataset.
 
     Attributes
     ----------
@@ -41,6 +50,9 @@ class ClassStatistics:
     preprocessing : of the pixels, or None where the loader normalised by itself
     dataset, class_names : provenance, for people
     outputs : the network's output for each class; None, class k is output k
+    rules : what the sites were chosen by, see `sites.SiteRule`
+    variance : how the moments of a class were gathered, one of `estimators.VARIANCES`
+    whole : where `variance` is not "pooled", the exact moments [1, C] of all images at once, by site name
     """
 
     sites: Mapping[str, SiteMoments]
@@ -50,6 +62,9 @@ class ClassStatistics:
     dataset: str = ""
     class_names: list[str] = field(default_factory=list)
     outputs: list[int] | None = None
+    rules: tuple[str, ...] = ("bn",)
+    variance: str = "pooled"
+    whole: Mapping[str, SiteMoments] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -68,19 +83,32 @@ class ClassStatistics:
 
         Parameters
         ----------
-        per_class : False pools all classes into one row
+        per_class : False pools all images into one row, exactly, whatever `variance` is
         names : the sites wanted and their order; default all
         classes : the classes wanted and their order, of a file the only ones to be read; default all
 
         Returns
         -------
         mean, var : float64 [K, T] for K classes, or [1, T] pooled; T is the number of channels of all sites together
+
+        Raises
+        ------
+        InputError : some classes are to be pooled, of statistics that do not hold their exact moments
         """
         names = list(self.sites) if names is None else list(names)
         rows = (self.num_classes if classes is None else len(classes)) if per_class else 1
         mean = torch.empty(rows, sum(self.site_channels[name] for name in names), dtype=torch.float64)
         var, start = torch.empty_like(mean), 0
-        for site in self._of_classes(names, classes):  # site by site: no second copy of them all
+        if not per_class and self.variance != "pooled":
+            if classes is not None:
+                raise InputError(
+                    f"the moments of some classes together are not known from class-wise {self.variance!r} statistics; pool "
+                    "all classes, or record with variance='pooled'"
+                )
+            tables = (self.whole[name] for name in names)
+        else:
+            tables = self._of_classes(names, classes)
+        for site in tables:  # site by site: no second copy of them all
             site = site if per_class else site.pooled()
             part = slice(start, start := start + site.mean.shape[1])
             mean[:, part] = site.mean
@@ -99,13 +127,21 @@ class ClassStatistics:
 
         Raises
         ------
-        InputError : the recordings are of different networks, preprocessings, sites or classes
+        InputError : the recordings are of different networks, preprocessings, sites or classes, or are not pooled
         """
+        self._check_same("way of taking the variance", self.variance, other.variance)
+        if self.variance != "pooled":
+            raise InputError(
+                f"class statistics with variance={self.variance!r} cannot be merged, pooled ones alone can: "
+                f"{_NO_MERGE[self.variance]}. Record all the images in one pass, or both parts with variance='pooled'"
+            )
         self._check_same("teacher", self.teacher, other.teacher)
         self._check_same("preprocessing", self.preprocessing, other.preprocessing)
         self._check_same("number of classes", self.num_classes, other.num_classes)
         self._check_same("class names", self.class_names, other.class_names)
         self._check_same("outputs", self.outputs, other.outputs)
+        if _parsed(self.rules) != _parsed(other.rules):
+            self._check_same("set of sites", " ".join(self.rules), " ".join(other.rules))
         self._check_same("sites", self.site_channels, other.site_channels)
         sites = {name: site.merge(other.sites[name]) for name, site in self.sites.items()}
         names = [self.dataset] if self.dataset == other.dataset else [self.dataset, other.dataset]
@@ -117,6 +153,7 @@ class ClassStatistics:
             " + ".join(filter(None, names)),
             self.class_names,
             self.outputs,
+            self.rules,
         )
 
     def check(
@@ -125,8 +162,12 @@ class ClassStatistics:
         teacher: nn.Module | str | None = None,
         num_classes: int | None = None,
         preprocessing: Preprocessing | None = None,
+        sites: Sequence[str] | None = None,
     ) -> None:
-        """Raises InputError where these statistics are not of this network (or fingerprint), classes or preprocessing."""
+        """Raises InputError where these statistics are not of this network (or fingerprint), classes, preprocessing or sites.
+
+        `sites` are rules, see `sites.SiteRule`, in any order.
+        """
         if teacher is not None:
             expected = teacher if isinstance(teacher, str) else fingerprint(teacher)
             self._check_same("teacher", expected, self.teacher)
@@ -134,6 +175,11 @@ class ClassStatistics:
             self._check_same("number of classes", num_classes, self.num_classes)
         if preprocessing is not None and self.preprocessing is not None:
             self._check_same("preprocessing", preprocessing, self.preprocessing)
+        if sites is not None and _parsed(sites) != _parsed(self.rules):
+            raise InputError(
+                f"these class statistics are of the sites {' '.join(self.rules)}, expected {' '.join(sites)}: match the former "
+                f"(--sites {' '.join(self.rules)}), or record the latter with `bnfuse record --sites {' '.join(sites)}`"
+            )
 
     @staticmethod
     def _check_same(what: str, expected, given) -> None:
@@ -149,9 +195,13 @@ class ClassStatistics:
         """Writes one safetensors file, whole or not at all."""
         tensors = {"images": self.images}
         for name, site in self.sites.items():
-            tensors |= {f"count/{name}": site.count, f"mean/{name}": site.mean, f"m2/{name}": site.m2}
+            tensors |= {f"{part}/{name}": getattr(site, part) for part in PARTS}
+        for name, site in self.whole.items():
+            tensors |= {f"{key}/{name}": getattr(site, part) for key, part in zip(WHOLE_PARTS, PARTS)}
         description = {
             "version": VERSION,
+            "rules": self.rules,
+            "variance": self.variance,
             "sites": list(self.sites),
             "teacher": self.teacher,
             "dataset": self.dataset,
@@ -170,29 +220,35 @@ class ClassStatistics:
         teacher: nn.Module | str | None = None,
         num_classes: int | None = None,
         preprocessing: Preprocessing | None = None,
+        sites: Sequence[str] | None = None,
     ) -> ClassStatistics:
         """Opens a file that `save` wrote; with the keyword arguments also checks that it fits, as `check` does.
 
         The numbers stay on disk until they are asked for, see `statistics_file`.
         """
-        sites = SitesOnDisk(path)
-        about = sites.description
+        sites_on_disk = SitesOnDisk(path)
+        about = sites_on_disk.description
         loaded = cls(
-            sites,
-            sites.images,
+            sites_on_disk,
+            sites_on_disk.images,
             about["teacher"],
             Preprocessing.from_dict(about["preprocessing"]) if about["preprocessing"] else None,
             about["dataset"],
             about["class_names"],
             about["outputs"],
+            tuple(about["rules"]),
+            about["variance"],
+            sites_on_disk.whole(),
         )
-        loaded.check(teacher=teacher, num_classes=num_classes, preprocessing=preprocessing)
+        loaded.check(teacher=teacher, num_classes=num_classes, preprocessing=preprocessing, sites=sites)
         return loaded
 
     def digest(self) -> str:
         """sha256 over every number: names these statistics in a dataset's card."""
         sha = hashlib.sha256(self.teacher.encode())
-        for name, site in self.sites.items():
+        if self.variance != "pooled":
+            sha.update(self.variance.encode())
+        for name, site in chain(self.sites.items(), self.whole.items()):  # a site of a file at a time
             sha.update(name.encode())
             for tensor in (site.count, site.mean, site.m2):
                 sha.update(tensor.contiguous().numpy())
@@ -204,6 +260,8 @@ def record(
     loader: Iterable,
     num_classes: int,
     *,
+    sites: Sequence[str] = ("bn",),
+    variance: str = "pooled",
     preprocessing: Preprocessing | None = None,
     class_names: Sequence[str] | None = None,
     outputs: Sequence[int] | None = None,
@@ -212,15 +270,19 @@ def record(
     allow_few_images: bool = False,
     progress: bool = False,
 ) -> ClassStatistics:
-    """Records the class-wise statistics of every BatchNorm input in one pass over a dataset.
+    """Records the class-wise statistics of a network's sites, by default its BatchNorm inputs, in one pass over a dataset.
 
     Parameters
     ----------
     model : the frozen teacher, see `bnfuse.freeze`; a `Teacher` brings its preprocessing
     loader : yields (images [N, C, H, W] float, labels int [N]); each image must come exactly once
+    sites : rules that name the sites, see `sites.SiteRule`; a network without BatchNorm needs others than "bn"
+    variance : how a class's moments are gathered, see `estimators`. For all but "pooled" and "images" the loader's batches and
+        their order matter
     preprocessing : given, the images are pixels in [0, 1] and normalised by it; None, the loader has normalised them
     outputs : the network's output for each class, where the network knows more classes than the dataset has
-    minimum_images : a class with fewer is refused unless `allow_few_images`: statistics of few images describe those images
+    minimum_images : a class with fewer is refused unless `allow_few_images`: statistics of few images describe those images.
+        A moving average counts for as many images as it effectively averages, see `estimators.ImageCounts`
 
     Returns
     -------
@@ -228,11 +290,17 @@ def record(
 
     Raises
     ------
-    InputError : a label out of range, a non-finite pixel or activation, a class with no image or too few; each named
+    InputError : a label out of range, a non-finite pixel or activation, a class with no image or too few, a rule that finds no
+        site; each named
+
+    Warns
+    -----
+    UserWarning : a moving average still is of its start to more than a hundredth
     """
     if isinstance(model, Teacher):
         model, preprocessing = model.model, preprocessing or model.preprocessing
-    check_teacher(model)
+    check_variance(variance)
+    check_teacher(model, needs_batchnorm=any(SiteRule.parse(rule).kind == "bn" for rule in sites))
     if outputs is not None and (len(outputs) != num_classes or len(set(outputs)) != num_classes or min(outputs) < 0):
         raise InputError(
             f"outputs must name one output of the network for each of {num_classes} classes, each once, got "
@@ -242,50 +310,56 @@ def record(
     names = list(class_names) if class_names is not None else [str(k) for k in range(num_classes)]
     if len(names) != num_classes:
         raise InputError(f"class_names has {len(names)} entries, num_classes is {num_classes}")
-    recorder = _Recorder(model, num_classes)
-    images_seen = torch.zeros(num_classes, dtype=torch.int64)
+    recorder = _Recorder(model, num_classes, sites, variance)
+    counts = ImageCounts(variance, num_classes)
     try:
         for batch, (images, labels) in enumerate(tqdm(loader, desc="recording", unit="batch", disable=not progress)):
             labels = torch.as_tensor(labels).to(torch.int64)
-            _check_batch(images, labels, num_classes, batch, first=int(images_seen.sum()))
+            _check_batch(images, labels, num_classes, batch, first=int(counts.images.sum()))
             images = images.to(device)
             recorder.run(images if preprocessing is None else preprocessing.normalize(images), labels.to(device))
-            images_seen += torch.bincount(labels, minlength=num_classes)
+            counts.add_batch(labels)
     finally:
         recorder.remove()
-    _check_counts(images_seen, names, minimum_images, allow_few_images)
+    _check_counts(counts, names, minimum_images, allow_few_images)
     return ClassStatistics(
-        recorder.sites,
-        images_seen,
+        {name: site.finish() for name, site in recorder.sites.items()},
+        counts.images,
         fingerprint(model),
         preprocessing,
         dataset,
         names,
         list(outputs) if outputs is not None else None,
+        tuple(sites),
+        variance,
+        {name: site.whole for name, site in recorder.sites.items() if site.whole is not None},
     )
 
 
 class _Recorder:
-    """Hooks every BatchNorm of a model and merges each batch's inputs into that site's class moments."""
+    """Merges each batch's tensors at every site of a model into that site's class tables."""
 
-    def __init__(self, model: nn.Module, num_classes: int):
-        self.model, self.num_classes = model, num_classes
-        self.sites: dict[str, SiteMoments] = {}
-        self.handles = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in batchnorm_layers(model).items()]
+    def __init__(self, model: nn.Module, num_classes: int, rules: Sequence[str], variance: str):
+        self.model, self.num_classes, self.variance = model, num_classes, variance
+        self.sites: dict[str, SiteEstimator] = {}
+        self.observation = observe(model, select(model, rules), self._take)
 
-    def _hook(self, name: str):
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x, key = inputs[0], call_name(name, self.ran)
-            self.ran.add(key)
-            if not torch.isfinite(x).all():
-                raise InputError(
-                    f"the input of BatchNorm layer {key!r} is not finite although the images are: the teacher "
-                    "overflows; check its weights, or record in float32"
-                )
-            site = self.sites.setdefault(key, SiteMoments.empty(self.num_classes, x.shape[1]))
-            site.add_batch(x, self.labels)
-
-        return hook
+    def _take(self, site: Site, x: Tensor) -> None:
+        key = call_name(site.name, self.ran)
+        self.ran.add(key)
+        if len(x) != len(self.labels):
+            raise InputError(
+                f"site {key!r} has {len(x)} samples in a pass over {len(self.labels)} images: what takes a batch apart has no "
+                "statistics of classes; leave the site out"
+            )
+        if not torch.isfinite(x).all():
+            raise InputError(
+                f"site {key!r} is not finite although the images are: the teacher overflows; check its weights, or record in "
+                "float32"
+            )
+        if key not in self.sites:
+            self.sites[key] = SiteEstimator(self.variance, self.num_classes, x.shape[1])
+        self.sites[key].add_batch(x, self.labels)
 
     @torch.no_grad()
     def run(self, images: Tensor, labels: Tensor) -> None:
@@ -294,8 +368,11 @@ class _Recorder:
         self.model(images)
 
     def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+        self.observation.remove()
+
+
+def _parsed(rules: Sequence[str]) -> set[SiteRule]:
+    return {SiteRule.parse(rule) for rule in rules}
 
 
 def _check_batch(images: Tensor, labels: Tensor, num_classes: int, batch: int, first: int) -> None:
@@ -318,16 +395,30 @@ def _check_batch(images: Tensor, labels: Tensor, num_classes: int, batch: int, f
         raise InputError(f"{where(int(broken[0]))} has a NaN or infinite pixel; remove or repair it")
 
 
-def _check_counts(images: Tensor, names: list[str], minimum: int, allow_few: bool) -> None:
-    if len(missing := [names[k] for k in (images == 0).nonzero().flatten().tolist()]):
+def _check_counts(counts: ImageCounts, names: list[str], minimum: int, allow_few: bool) -> None:
+    if len(missing := [names[k] for k in (counts.images == 0).nonzero().flatten().tolist()]):
         raise InputError(
             f"no image of {'class' if len(missing) == 1 else 'classes'} {', '.join(missing[:10])}; every class "
             "needs images, or leave the class out"
         )
-    few = [f"{names[k]} ({int(images[k])})" for k in (images < minimum).nonzero().flatten().tolist()]
+    few = [f"{names[k]} ({_number(counts.effective[k])})" for k in (counts.effective < minimum).nonzero().flatten().tolist()]
     if few and not allow_few:
+        moving = ", or larger batches, or variance='pooled': a moving average is of the last batches for the most part"
         raise InputError(
-            f"fewer than {minimum} images in {len(few)} class(es): {', '.join(few[:10])}. Statistics of few "
-            "images give those images away. Gather more, lower minimum_images, or pass allow_few_images "
+            f"fewer than {minimum} images in {len(few)} class(es){' in effect' if counts.variance == 'ema' else ''}: "
+            f"{', '.join(few[:10])}. Statistics of few images give those images away. Gather more"
+            f"{moving if counts.variance == 'ema' else ''}, lower minimum_images, or pass allow_few_images "
             "(--allow-few-images) knowing this"
         )
+    start, k = counts.of_the_start.max(0)
+    if start > 0.01:
+        warnings.warn(
+            f"{float(start):.0%} of the statistics of class {names[int(k)]} is what the moving average starts from (mean 0, "
+            f"variance 1), since {int(counts.batches[k])} batches had images of it: smaller batches leave less, "
+            "variance='pooled' nothing",
+            stacklevel=3,
+        )
+
+
+def _number(effective: Tensor) -> str:
+    return f"{float(effective):.1f}".removesuffix(".0")

@@ -18,7 +18,10 @@ from torch import Tensor
 from .errors import InputError
 from .site_moments import SiteMoments
 
-FORMAT, VERSION = "bnfuse.class_statistics", 1
+FORMAT, VERSION = "bnfuse.class_statistics", 2
+READABLE = (1, 2)  # 1 knew BatchNorm inputs and pooled moments alone
+PARTS = ("count", "mean", "m2")  # of a site's tables: [K], [K, C] and [K, C]
+WHOLE_PARTS = ("whole_count", "whole_mean", "whole_m2")  # the same of all classes together: [1], [1, C] and [1, C]
 
 
 class SitesOnDisk(Mapping):
@@ -43,10 +46,12 @@ class SitesOnDisk(Mapping):
             if about.get("format") != FORMAT:
                 raise InputError(f"{path} is a safetensors file but holds no class statistics; make one with `bnfuse record`")
             self.description = json.loads(about["description"])
-            if self.description["version"] != VERSION:
+            if self.description["version"] not in READABLE:
                 raise InputError(
-                    f"{path} has format version {self.description['version']}, this bnfuse reads {VERSION}; record again"
+                    f"{path} has format version {self.description['version']}, this bnfuse reads "
+                    f"{' and '.join(map(str, READABLE))}; record again"
                 )
+            self.description = {"rules": ["bn"], "variance": "pooled"} | self.description
             self._file = open(path, "rb", buffering=0)
             # 8 bytes: the header's length; the header: name → dtype, shape, data_offsets; then the data
             length = int.from_bytes(self._file.read(8), "little")
@@ -54,14 +59,14 @@ class SitesOnDisk(Mapping):
             self.images = self._read("images")
         except (OSError, safetensors.SafetensorError) as error:
             raise InputError(f"cannot read class statistics from {path}: {error}; make them with `bnfuse record`") from error
-        self.channels = {name: self._checked_channels(name) for name in self.description["sites"]}
+        self.channels = {name: self._checked_channels(name, len(self.images)) for name in self.description["sites"]}
 
-    def _checked_channels(self, name: str) -> int:
-        num_classes, parts = len(self.images), [self._header.get(f"{part}/{name}", {}) for part in ("count", "mean", "m2")]
-        channels = (parts[1].get("shape") or [0])[-1]
-        expected = [("I64", [num_classes]), *[("F64", [num_classes, channels])] * 2]
-        if [(part.get("dtype"), part.get("shape")) for part in parts] != expected:
-            raise InputError(f"{self.path} is damaged: site {name!r} is not [{num_classes}, C] in float64; record it again")
+    def _checked_channels(self, name: str, rows: int, parts: Sequence[str] = PARTS) -> int:
+        headers = [self._header.get(f"{part}/{name}", {}) for part in parts]
+        channels = (headers[1].get("shape") or [0])[-1]
+        expected = [("I64", [rows]), *[("F64", [rows, channels])] * 2]
+        if [(header.get("dtype"), header.get("shape")) for header in headers] != expected:
+            raise InputError(f"{self.path} is damaged: site {name!r} is not [{rows}, C] in float64; record it again")
         return channels
 
     def __iter__(self) -> Iterator[str]:
@@ -73,13 +78,22 @@ class SitesOnDisk(Mapping):
     def __getitem__(self, name: str) -> SiteMoments:
         if name not in self.channels:
             raise KeyError(name)
-        return SiteMoments(self._read(f"count/{name}"), self._read(f"mean/{name}"), self._read(f"m2/{name}"))
+        return SiteMoments(*(self._read(f"{part}/{name}") for part in PARTS))
+
+    def whole(self) -> dict[str, SiteMoments]:
+        """The exact moments of all images at once, [1, C] a site; empty of pooled statistics, which do not need them."""
+        if self.description["variance"] == "pooled":
+            return {}
+        for name, channels in self.channels.items():
+            if self._checked_channels(name, 1, WHOLE_PARTS) != channels:
+                raise InputError(f"{self.path} is damaged: site {name!r} has not as many channels whole; record it again")
+        return {name: SiteMoments(*(self._read(f"{part}/{name}") for part in WHOLE_PARTS)) for name in self.channels}
 
     def of_classes(self, names: Sequence[str], classes: Sequence[int]) -> Iterator[SiteMoments]:
         """Each of the sites with its rows of the classes alone, in their order; no other is read."""
         runs = _runs(classes)
         for name in names:
-            tables = (f"{part}/{name}" for part in ("count", "mean", "m2"))
+            tables = (f"{part}/{name}" for part in PARTS)
             yield SiteMoments(*(torch.cat([self._read(table, *run) for run in runs]) for table in tables))
 
     def _read(self, table: str, start: int = 0, end: int | None = None) -> Tensor:

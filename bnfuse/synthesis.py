@@ -8,7 +8,7 @@ work.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from .signals import Stop
 from .snapshots import UnitCheckpoint
 from .statistics import ClassStatistics
 from .store import Store
-from .units import UnitMaker
+from .units import UnitMaker, as_begun
 from .writing import BackgroundWriter
 
 
@@ -59,6 +59,7 @@ def synthesize(
     checkpoint_every: int = 0,
     retries: int = 2,
     threads: int | None = None,
+    more_teachers: Sequence[tuple[Teacher, ClassStatistics | None]] = (),
 ) -> SynthesisResult:
     """Makes a synthetic dataset from noise and stores it, one unit after the other.
 
@@ -74,18 +75,21 @@ def synthesize(
     device : default CUDA where there is one, under torchrun the one of LOCAL_RANK
     backend : see `bnfuse.backends`
     micro_batch : images that are in the network together, as many as memory allows; None, the whole batch. It changes rounding
-        alone: losses and gradients are those of ``config.batch_size`` images, see `virtual`
+        alone: losses and gradients are those of ``config.batch_size`` images, see `virtual`. A dataset is continued with the
+        number that it was begun with
     offload : images and the optimiser's state stay in the CPU's memory, and a micro-batch of them is on the device, so that the
         device's memory does not depend on the batch size at all
     cuda_graph : capture the network's part of a step, and replay it: less to do for Python, where the GPU is faster than it
     progress : show a bar, on the first rank, and say what the run will take
     tensorboard : folder for the course of the losses, see `scalars`
-    ranks_per_batch : ranks that share each batch; then the images are the same to rounding
+    ranks_per_batch : ranks that share each batch, again as it was begun; then the images are the same to rounding
     checkpoint_every : steps from one checkpoint of a unit to the next, 0 for none; when a SIGTERM or SIGINT comes one is
         written in any case
     retries : how often a unit whose loss is not finite is made again, each time from other seeds
     threads : with which the CPU computes, on each rank; they decide how sums are rounded, so a dataset is continued with the
         number that it was begun with (default that, or torch's number)
+    more_teachers : others that look at the images as ``config.teacher_plan`` says, each with its statistics. They take the same
+        images, know the same classes, and all have their memory at once where they look together
 
     Raises
     ------
@@ -96,7 +100,7 @@ def synthesize(
     out = Path(out).expanduser()
     ranks = Ranks.start(ranks_per_batch)
     device = choose_device(device)
-    maker = UnitMaker(teacher, statistics, config, device, backend, micro_batch, offload, cuda_graph)
+    maker = UnitMaker(teacher, statistics, config, device, backend, micro_batch, offload, cuda_graph, more_teachers)
     names = maker.source.names
     counts = [config.images_per_class] * len(names)
     started, losses = time.monotonic(), {}
@@ -105,7 +109,9 @@ def synthesize(
 
     def begin() -> dict:
         nonlocal store
-        card = maker.source.card(config, maker.backend, _threads(threads, device, out))
+        before = read_card(out) if is_store(out) and (out / CARD).exists() else None
+        card = maker.card(_threads(threads, device, before), ranks_per_batch)
+        card = card if before is None else as_begun(card, before)
         store = Store.open(out, card=card, class_names=names, counts=counts)
         return {"threads": card["threads"], "done": sorted(store.done)}
 
@@ -152,14 +158,13 @@ def synthesize(
     return SynthesisResult(out, sum(counts), made, time.monotonic() - started, losses)
 
 
-def _threads(asked: int | None, device: torch.device, out: Path) -> int | None:
-    """With how many threads the dataset `out` is made; None for GPUs, where it does not matter."""
+def _threads(asked: int | None, device: torch.device, before: dict | None) -> int | None:
+    """With how many threads a dataset is made that was begun as the card `before` says; None for GPUs, where none matter."""
     if asked is not None and asked < 1:
         raise InputError(f"threads must be at least 1, got {asked}")
     if device.type != "cpu":
         return None
-    before = read_card(out).get("threads") if asked is None and is_store(out) and (out / CARD).exists() else None
-    return asked or before or torch.get_num_threads()
+    return asked or (before or {}).get("threads") or torch.get_num_threads()
 
 
 @contextmanager

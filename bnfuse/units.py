@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,19 +13,23 @@ from torch import Tensor
 from . import backends
 from .datasets import load_dataset
 from .distributed import ALONE, Team
+from .ensemble import Ensemble
 from .errors import BnfuseError, InputError, UnitWarning
 from .fusion import fuse
 from .matching import Matcher
-from .models import Teacher
+from .models import Teacher, batchnorm_layers
 from .objective import Objective
 from .optimisation import NonFiniteLoss, check_cuda_graph, optimise
 from .plans import SynthesisConfig, Unit, plan
 from .seeds import derive_seed
+from .sites import select
 from .snapshots import UnitCheckpoint
 from .statistics import ClassStatistics
 from .store import ImageRecord
-from .targets import Targets
+from .targets import TARGET_BYTES, Targets, budget_of_each, row_bytes
 from .virtual import check_micro_batch
+
+_CONVERTED_AT_ONCE = 256  # images
 
 
 class UnitMaker:
@@ -33,11 +37,11 @@ class UnitMaker:
 
     Parameters
     ----------
-    teacher, statistics, config, device, backend, micro_batch, offload, cuda_graph : as in `synthesize`
+    teacher, statistics, config, device, backend, micro_batch, offload, cuda_graph, more_teachers : as in `synthesize`
 
     Attributes
     ----------
-    source : teacher, statistics and classes
+    source : teacher, statistics and classes; more_sources : those of the further teachers
     units : all of them, in their order
     backend : the kernels that run, by name
     """
@@ -52,6 +56,7 @@ class UnitMaker:
         micro_batch: int | None = None,
         offload: bool = False,
         cuda_graph: bool = False,
+        more_teachers: Sequence[tuple[Teacher, ClassStatistics | None]] = (),
     ):
         check_micro_batch(micro_batch)
         if cuda_graph:
@@ -61,16 +66,41 @@ class UnitMaker:
         self.source = Source.of(teacher, statistics, config)
         self.units = plan(config, range(len(self.source.names)))
         self.backend = backends.resolve(backend, device.type)
-        self.targets = self.source.targets(config, max(len(set(unit.classes)) for unit in self.units), device)
-        self.objective = Objective(
-            fuse(teacher.model.to(device), backend=backend),
-            self.targets.matcher,
+        self.more_sources = [Source.of(*more, config) for more in more_teachers]
+        for number, other in enumerate(self.more_sources, start=2):
+            self.source.check_alike(other, number)
+        if not self.more_sources and (config.teacher_weights or config.teacher_priors):
+            raise InputError(
+                "teacher_weights and teacher_priors are for several teachers: give --more-teachers (more_teachers)"
+            )
+        sources = [self.source, *self.more_sources]
+        config.committee.check(len(sources))
+        at_once = max(len(set(unit.classes)) for unit in self.units)
+        budget = budget_of_each([source.target_bytes(config) for source in sources])
+        self.targets = [source.targets(config, at_once, device, budget) for source in sources]
+        members = [self._objective(*pair, backend) for pair in zip(sources, self.targets)]
+        self.objective = Ensemble(members, config.committee) if self.more_sources else members[0]
+
+    def _objective(self, source: Source, targets: Targets, backend: str) -> Objective:
+        config = self.config
+        return Objective(
+            fuse(source.teacher.model.to(self.device), sites=config.sites, backend=backend),
+            targets.matcher,
             config.ce_weight,
             config.bn_weight,
             config.tv_weight,
             config.l2_weight,
             config.precision,
+            config.prior_kind,
+            config.round_moments,
         )
+
+    def card(self, threads: int | None, ranks_per_batch: int = 1) -> dict:
+        """What it takes to make the dataset again."""
+        card = self.source.card(self.config, self.backend, threads, self.micro_batch, ranks_per_batch)
+        if self.more_sources:
+            card["more_teachers"] = [source.of_whom() for source in self.more_sources]
+        return card
 
     def seeds(self, unit: Unit, attempt: int = 0) -> list[int]:
         """One an image; those of the first attempt, and others for every further one."""
@@ -104,7 +134,7 @@ class UnitMaker:
         Interrupted : from the checkpoint
         """
         rows = [self.source.rows[k] for k in unit.classes]
-        labels = torch.tensor(self.targets.rows(rows), device=self.device)
+        groups = [targets.groups(rows, self.config.grouping) for targets in self.targets][0]  # the same for all teachers
         outputs = self.source.outputs(torch.tensor(rows, device=self.device))
         state = checkpoint.load() if checkpoint else None
         attempt = checkpoint.attempt if state else attempt
@@ -113,7 +143,7 @@ class UnitMaker:
             try:
                 images, losses = optimise(
                     self.objective,
-                    labels,
+                    groups,
                     outputs,
                     seeds,
                     unit.number,
@@ -177,9 +207,9 @@ def recognised(
 
 
 def to_pixels(images: Tensor, teacher: Teacher) -> Tensor:
-    """Normalised [N, C, H, W] → uint8, rounded."""
-    pixels = teacher.preprocessing.denormalize(images.detach().float())
-    return (pixels.clamp(0, 1) * 255).round().to("cpu", torch.uint8).contiguous()
+    """Normalised [N, C, H, W] → uint8, rounded; some images at a time, for a batch may fill the memory."""
+    parts = (teacher.preprocessing.denormalize(part.float()) for part in images.detach().split(_CONVERTED_AT_ONCE))
+    return torch.cat([(part.clamp(0, 1) * 255).round().to("cpu", torch.uint8) for part in parts]).contiguous()
 
 
 @dataclass(frozen=True)
@@ -216,20 +246,54 @@ class Source:
             raise InputError(f"classes must be different numbers from 0 to {len(names) - 1}, got {rows}")
         return cls(teacher, statistics, [names[row] for row in rows], rows)
 
-    def targets(self, config: SynthesisConfig, at_once: int, device: torch.device) -> Targets:
-        """On the device; `at_once` is the most classes that a unit has."""
+    def check_alike(self, other: Source, number: int) -> None:
+        """InputError where the same images cannot go through another teacher too, or its classes or outputs are others."""
+        for what, mine, its in (
+            ("preprocessing", self.teacher.preprocessing, other.teacher.preprocessing),
+            ("number of classes", self.teacher.num_classes, other.teacher.num_classes),
+            ("classes", self.names, other.names),
+            ("outputs", *(source.outputs(torch.tensor(source.rows)).tolist() for source in (self, other))),
+        ):
+            if mine != its:
+                raise InputError(f"teacher {number} does not go with the first: its {what} are {its}, expected {mine}")
+
+    def target_bytes(self, config: SynthesisConfig) -> int:
+        """What the targets of all classes take on the device."""
+        return row_bytes(self.statistics, self._sites(config)) * len(self.rows) if config.targets == "class" else 0
+
+    def targets(self, config: SynthesisConfig, at_once: int, device: torch.device, budget: int = TARGET_BYTES) -> Targets:
+        """On the device, in so many bytes of it; `at_once` is the most classes that a unit has."""
+        names = self._sites(config)
+        options = {"sites": names, **config.matcher_options(self.teacher.model, names)}
         if config.targets == "class":
-            targets = Targets.class_wise(self.statistics, self.rows, at_once=at_once, device=device, distance=config.distance)
+            options |= {"global_share": config.global_share, "global_blend": config.global_blend}
+            options |= {"at_once": at_once, "device": device, "budget": budget}
+            targets = Targets.class_wise(self.statistics, self.rows, **options)
         elif config.targets == "global":
-            targets = Targets.pooled(Matcher.from_statistics(self.statistics, per_class=False, distance=config.distance))
+            targets = Targets.pooled(Matcher.from_statistics(self.statistics, per_class=False, **options))
         else:
-            sites = self._sites_that_ran()
-            targets = Targets.pooled(Matcher.from_running(self.teacher.model, sites=sites, distance=config.distance))
-        targets.matcher.to(device).site_weights[0] *= config.first_site_weight
+            channels = self.teacher.preprocessing.channels
+            targets = Targets.pooled(Matcher.from_running(self.teacher.model, pixel_channels=channels, **options))
+        targets.matcher.to(device).scale_first_site(config.first_site_weight)
         return targets
 
-    def _sites_that_ran(self) -> list[str] | None:
-        return [name for name in self.statistics.sites if "#" not in name] if self.statistics else None
+    def _sites(self, config: SynthesisConfig) -> list[str]:
+        """The names of the sites to match, in the order that they run in, where that is known from a recording."""
+        model, running = self.teacher.model, config.targets == "running"
+        chosen = [site.name for site in select(model, config.sites)]
+        if self.statistics is None:
+            return chosen
+        recorded = [name for name in self.statistics.sites if name.split("#")[0] in chosen and not (running and "#" in name)]
+        if running:  # layers that did not run in the recording are left out
+            others = [name for name in chosen if name not in batchnorm_layers(model)]
+            return [*others, *(name for name in recorded if name not in others)]
+        for rule in config.sites:
+            if not {site.name for site in select(model, [rule])} & {name.split("#")[0] for name in recorded}:
+                raise InputError(
+                    f"the class statistics have no site that {rule!r} names: they were recorded at "
+                    f"{', '.join(list(self.statistics.sites)[:5])} … Record them with `bnfuse record --sites {rule}`"
+                )
+        return recorded
 
     def outputs(self, rows: Tensor) -> Tensor:
         """The teacher's output for each of the original classes."""
@@ -237,13 +301,29 @@ class Source:
             return rows
         return torch.tensor(self.statistics.outputs, device=rows.device)[rows]
 
-    def card(self, config: SynthesisConfig, backend: str, threads: int | None) -> dict:
-        """What it takes to make the dataset again."""
-        statistics = self.statistics
+    def card(
+        self,
+        config: SynthesisConfig,
+        backend: str,
+        threads: int | None,
+        micro_batch: int | None = None,
+        ranks_per_batch: int = 1,
+    ) -> dict:
+        """What it takes to make the dataset again, to the byte: threads, micro_batch and ranks_per_batch decide how sums are
+        rounded."""
         return {
-            "config": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()},
+            "config": config.to_card(),
             "backend": backend,
             "threads": threads,
+            "micro_batch": None if micro_batch is None or micro_batch >= config.batch_size else micro_batch,
+            "ranks_per_batch": ranks_per_batch,
+            **self.of_whom(),
+        }
+
+    def of_whom(self) -> dict:
+        """The part of the card that is about this teacher and its statistics."""
+        statistics = self.statistics
+        return {
             "teacher": {
                 "architecture": self.teacher.architecture,
                 "fingerprint": self.teacher.fingerprint,
@@ -252,5 +332,15 @@ class Source:
             "preprocessing": self.teacher.preprocessing.to_dict(),
             "statistics": None
             if statistics is None
-            else {"sha256": statistics.digest(), "dataset": statistics.dataset, "images": statistics.images.tolist()},
+            else {
+                "sha256": statistics.digest(),
+                "dataset": statistics.dataset,
+                "images": statistics.images.tolist(),
+                **({} if statistics.variance == "pooled" else {"variance": statistics.variance}),
+            },
         }
+
+
+def as_begun(card: dict, before: dict) -> dict:
+    """A card to hold against that of a dataset begun `before`: what older versions did not note cannot be held against it."""
+    return {name: value for name, value in card.items() if name in before or name not in ("micro_batch", "ranks_per_batch")}

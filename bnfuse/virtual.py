@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .distributed import ALONE, Team
 from .errors import InputError
-from .fusion import Moments
+from .moments import Moments
 from .site_moments import SiteMoments
 
 Means = dict[str, Tensor]  # term → its mean over some images, a scalar
@@ -76,9 +76,9 @@ class VirtualBatch:
     group_starts : int64 [G + 1], of the whole batch, also on the ranks of a team
     micro_batch : images at a time; None, all of the rank's
     team : the ranks that share the batch
-    centre : site names → [T], a value near the mean of each of their channels, side by side, the same on every rank; the
-        network's running means do, see `FusedModel.running_means`. A team alone asks for it: it sums the powers of what is
-        left over it, for which 0 would do where no mean is far from 0 against its standard deviation
+    centre : names and channels of sites → [T], a value near the mean of each of their channels, side by side, the same on
+        every rank; the network's running means do, see `FusedModel.running_means`. A team alone asks for it: it sums the
+        powers of what is left over it, for which 0 would do where no mean is far from 0 against its standard deviation
 
     Attributes
     ----------
@@ -97,14 +97,14 @@ class VirtualBatch:
         group_starts: Tensor,
         micro_batch: int | None = None,
         team: Team = ALONE,
-        centre: Callable[[Iterable[str]], Tensor] | None = None,
+        centre: Callable[[Iterable[str], Iterable[int]], Tensor] | None = None,
     ):
         starts = group_starts.tolist()
         self.team, self.centre, self.count = team, centre, starts[-1]
         check_micro_batch(micro_batch)
         if self.count < 1:
             raise InputError("a batch needs at least one image, got none")
-        self.samples = group_starts.diff()  # [G]
+        self.group_starts, self.samples = group_starts, group_starts.diff()  # [G + 1], [G]
         own = team.rows(self.count)
         self.owned = own.stop - own.start
         self.rows = own if self.owned else slice(0, 1)
@@ -174,6 +174,7 @@ class _Pool:
     def __init__(self, groups: int, like: Seen):
         values = [mean for mean, _ in like.moments.values()]
         self.sites, self.channels = list(like.moments), [value.shape[1] for value in values]
+        self.positions = like.moments.positions
         self.terms = {name: value.dtype for name, value in like.means.items()}
         self.dtype, table = values[0].dtype, values[0].new_zeros(groups, sum(self.channels), dtype=torch.float64)
         self.table = SiteMoments(table.new_zeros(groups, dtype=torch.int64), table, table.clone())
@@ -200,12 +201,13 @@ class _Pool:
         self.means = {
             name: value.to(dtype).requires_grad_() for (name, dtype), value in zip(self.terms.items(), self.sums.unbind())
         }
-        self.moments = dict(zip(self.sites, zip(*(leaf.split(self.channels, dim=1) for leaf in self.leaves))))
+        parts = zip(*(leaf.split(self.channels, dim=1) for leaf in self.leaves))
+        self.moments = Moments(zip(self.sites, parts), self.positions, batch.group_starts)
 
     def _reduce(self, batch: VirtualBatch, counts: Tensor) -> None:
         """One all-reduce: Σ(x − c) and Σ(x − c)² of every channel, where no rank knows the others' means but all know c."""
         table = self.table
-        centre = table.mean.new_zeros(1) if batch.centre is None else batch.centre(self.sites).double()  # [T]
+        centre = table.mean.new_zeros(1) if batch.centre is None else batch.centre(self.sites, self.channels).double()  # [T]
         centre = torch.where(batch.samples[:, None] > 0, centre, 0.0)  # [G, T], an empty group's mean is 0
         first = table.count[:, None] * (table.mean - centre)
         second = table.m2 + first * (table.mean - centre)

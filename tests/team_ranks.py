@@ -16,6 +16,7 @@ import torch.distributed as dist
 import virtual_cases as cases
 
 from bnfuse.distributed import Team
+from bnfuse.ensemble import TEACHER_PLANS
 from bnfuse.optimisation import NonFiniteLoss
 
 SIZES = (1, 2, 4)
@@ -52,9 +53,10 @@ def results(team: Team) -> dict:
     for micro_batch in MICRO_BATCHES:
         counting, keep = CountingTeam(team.rank, team.size), cases.Keep(10)
         images, losses = cases.make_unit(objective, teacher, micro_batch=micro_batch, team=counting, checkpoint=keep)
-        resumed = cases.make_unit(objective, teacher, micro_batch=micro_batch, team=team, state=keep.states[10])
+        resumed = cases.make_unit(objective, teacher, micro_batch=micro_batch, team=team, state=dict(keep.states[10]))
         found[f"unit, {micro_batch}"] = images, losses, keep.states[10], counting.sums
         found[f"resumed, {micro_batch}"] = resumed
+    found["two teachers"] = [cases.make_unit(cases.ensemble(teacher, plan), teacher, team=team) for plan in TEACHER_PLANS]
 
     class OneWants(cases.Keep):
         def due(self, step):

@@ -7,6 +7,7 @@ import torch
 import virtual_cases as cases
 
 from bnfuse import InputError, capture, optimisation, synthesize
+from bnfuse.averaging import MovingAverage
 
 
 class Rerun:
@@ -34,7 +35,10 @@ def rerun(monkeypatch):
     Rerun.made = 0
 
 
-@pytest.mark.parametrize("priors", [{}, {"tv_weight": 0.1, "l2_weight": 0.1}])
+_PRIORS = {"tv_weight": 0.1, "l2_weight": 0.1}
+
+
+@pytest.mark.parametrize("priors", [{}, _PRIORS, _PRIORS | {"prior_kind": "norms"}])
 def test_a_replayed_unit_is_the_same(rerun, priors):
     """With views, two stages of different size, and loss terms shown that belong to their own step."""
     teacher = cases.teacher()
@@ -46,6 +50,19 @@ def test_a_replayed_unit_is_the_same(rerun, priors):
     )
     assert Rerun.made == 2  # one for each size
     assert images.equal(expected) and replayed == losses and shown[0] == shown[1] and len(shown[0]) > 2
+
+
+@pytest.mark.parametrize("plan, graphs", [("together", 1), ("in_turn", 2), ("drawn", 1)])
+def test_a_replayed_unit_of_two_teachers_is_the_same(rerun, plan, graphs):
+    """With a graph for each choice of teachers and each size, and averages that the calls before a capture do not move."""
+    teacher = cases.teacher()
+    objective = cases.ensemble(teacher, plan, tv_weight=0.1)
+    for member in objective.members:
+        member.matcher.moving_average = MovingAverage(0.4, "straight_through", "zero")
+    expected, losses = cases.make_unit(objective, teacher)
+    images, replayed = cases.make_unit(objective, teacher, cuda_graph=True)
+    assert Rerun.made == 2 * graphs
+    assert images.equal(expected) and replayed == losses
 
 
 def test_without_a_gpu_it_is_an_error(tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -180,3 +182,12 @@ def test_a_disk_that_refuses_is_one_message(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert run("train", "--data", "digits:test", "--out", tmp_path / "file" / "x", *TRAIN) == 2
     assert "bnfuse: error: " in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    listing = subprocess.Popen(
+        [sys.executable, "-m", "bnfuse", "synthesize", "--list-presets"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    listing.stdout.close()
+    _, said = listing.communicate()
+    assert listing.returncode == 141 and said == b""

@@ -15,13 +15,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torchvision_shim import import_torchvision
 
-from bnfuse import InputError, exporting
+from bnfuse import InputError, Labels, Preprocessing, RelabelConfig, exporting, relabel
 from bnfuse.cli import main
 from bnfuse.exporting import FORMATS, export
 from bnfuse.files import locked_folder
 from bnfuse.manifest import read_store
+from bnfuse.models import Teacher, freeze
+from bnfuse.networks import CifarResNet
 from bnfuse.store import ImageRecord, Store
 
 NAMES = ["cat", 'a "dog" | x', "über\n\x7f😀"]
@@ -116,8 +119,6 @@ def test_datasets_loads_it(store, expected, tmp_path, format, monkeypatch):
 
 
 def test_image_folder_reads_it(store, expected, tmp_path):
-    from safetensors.torch import load_file
-
     export(store, tmp_path / "out", "imagefolder")
     folder = import_torchvision().datasets.ImageFolder(str(tmp_path / "out" / "train"))
     assert len(folder) == 12
@@ -128,6 +129,94 @@ def test_image_folder_reads_it(store, expected, tmp_path):
         row_of[name] = row_of.get(name, -1) + 1
         found.append((Path(path).stem, Image.open(path), label, logits[name][row_of[name]].numpy()))
     assert_samples_are(expected, found)
+
+
+# ---- what `relabel` made ----
+
+
+@pytest.fixture(scope="module")
+def relabelled(store, tmp_path_factory):
+    """The teacher, and folders of its labels of the store: plain ones, and views that are mixed."""
+    torch.manual_seed(0)
+    teacher = Teacher(freeze(CifarResNet(8, 3, 3, width=4)), "a|net", 3, Preprocessing((5, 7), [0.5] * 3, [0.25] * 3))
+    folder, options = tmp_path_factory.mktemp("labels"), {"device": "cpu", "progress": False}
+    relabel(store, teacher, RelabelConfig(), out=folder / "plain", **options)
+    relabel(store, teacher, RelabelConfig(views=2, batch_size=5, crop_scale=0.5, cutmix=1.0), out=folder / "views", **options)
+    return teacher, folder
+
+
+def samples_of(out: Path) -> dict[str, dict]:
+    """id → the fields of its sample, of an export by `webdataset`."""
+    samples = {}
+    for path in out.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            for name in tar.getnames():
+                key, field = name.split(".", 1)
+                samples.setdefault(key, {})[field] = tar.extractfile(name).read()
+    return samples
+
+
+@every_format
+def test_plain_labels_take_the_place_of_the_stores_own(store, relabelled, tmp_path, format):
+    teacher, folder = relabelled
+    labels = Labels(folder / "plain")
+    export(store, tmp_path / "out", format, labels=labels)
+    expected = {e.id: row.numpy() for e, row in zip(read_store(store).entries, labels.logits().half())}
+    if format == "webdataset":
+        found = {key: np.load(io.BytesIO(s["logits.npy"])) for key, s in samples_of(tmp_path / "out").items()}
+    elif format == "parquet":
+        import pyarrow.parquet as pq
+
+        rows = pq.read_table(tmp_path / "out/data").to_pylist()
+        found = {Path(row["image"]["path"]).stem: np.float16(row["logits"]) for row in rows}
+    else:
+        rows = torch.cat([load_file(path)["logits"] for path in sorted((tmp_path / "out/soft_labels").iterdir())])
+        found = dict(zip(sorted(path.stem for path in (tmp_path / "out/train").rglob("*.png")), rows.numpy()))
+    assert found.keys() == expected.keys() and all(np.array_equal(found[key], expected[key]) for key in expected)
+    assert json.loads((tmp_path / "out/card.json").read_text())["export"]["labels"]["teacher"]["architecture"] == "a|net"
+    assert "The logits of a\\|net of each image" in (tmp_path / "out/README.md").read_text()
+
+
+@every_format
+def test_views_go_along_and_their_images_are_found_by_id(store, relabelled, tmp_path, format):
+    """What is in the export alone is enough to show the teacher a view again."""
+    teacher, folder = relabelled
+    export(store, tmp_path / "out", format, labels=Labels(folder / "views"))
+    assert files(tmp_path / "out/relabel").items() >= files(folder / "views").items()
+    assert "2 augmented views of each image with the logits of a\\|net" in (tmp_path / "out/README.md").read_text()
+    if format != "webdataset":
+        return
+    samples, ids = samples_of(tmp_path / "out"), json.loads((tmp_path / "out/relabel/ids.json").read_text())
+    pass_ = Labels(tmp_path / "out/relabel").views(1)
+    part = slice(0, len(ids))
+    pixels = [np.array(Image.open(io.BytesIO(samples[ids[i]]["png"]))) for i in pass_.views.index[pass_.views.needed(part)]]
+    shown = pass_.views.show(torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2) / 255, part)
+    answer = teacher.model(teacher.preprocessing.normalize(shown)).half().float()
+    torch.testing.assert_close(pass_.logits(part), answer, rtol=1e-3, atol=1e-3)  # kept in float16
+    assert np.load(io.BytesIO(samples[ids[0]]["logits.npy"])).shape == (6,)  # the store's own
+
+
+def test_labels_of_other_images_are_refused_and_damaged_ones_leave_nothing(store, relabelled, tmp_path):
+    folder = relabelled[1]
+    other = make_store(tmp_path / "other", images=3)
+    with pytest.raises(InputError, match="has the labels of other images"):
+        export(other, tmp_path / "out", "webdataset", labels=Labels(folder / "views"))
+    shutil.copytree(folder / "views", tmp_path / "views")
+    next((tmp_path / "views").glob("0001-*")).unlink()
+    with pytest.raises(InputError, match="pass 1 has 0 images, expected 12"):
+        export(store, tmp_path / "out", "webdataset", labels=Labels(tmp_path / "views"))
+    assert {path.name for path in tmp_path.iterdir()} == {"other", "views"}
+
+
+def test_the_command_says_that_labels_were_left_out(store, relabelled, tmp_path, capsys):
+    made = tmp_path / "made"
+    shutil.copytree(store, made)
+    shutil.copytree(relabelled[1] / "views", made / "relabel")
+    assert main(["export", str(made), "--format", "webdataset", str(tmp_path / "a")]) == 0
+    assert f"the labels in {made / 'relabel'} are not among them: --labels relabel takes them" in capsys.readouterr().out
+    assert not (tmp_path / "a/relabel").exists()
+    assert main(["export", str(made), "--format", "webdataset", str(tmp_path / "b"), "--labels", "relabel"]) == 0
+    assert "are not among them" not in capsys.readouterr().out and (tmp_path / "b/relabel/labels.json").exists()
 
 
 @every_format

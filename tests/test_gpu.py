@@ -18,7 +18,8 @@ from test_ops import Case, assert_agrees_with_the_reference, in_layout, make_cas
 from tolerances import LARGE_MEAN_VARIANCE_RELATIVE, assert_elements_close, assert_moments_close
 from torch import Tensor
 
-from bnfuse import Matcher, backends, fuse, ops, reference
+from bnfuse import Matcher, backends, fuse, group_by_class, ops, reference
+from bnfuse.averaging import MovingAverage
 from bnfuse.fusion import FrozenConvolution
 from bnfuse.models import build_model
 from bnfuse.optimisation import optimise
@@ -297,13 +298,17 @@ def test_a_step_is_captured_in_a_graph(backend):
     torch.testing.assert_close(captured.images, eager.images, rtol=0, atol=0)
 
 
-def test_a_unit_is_the_same_from_a_graph(backend):
-    """The driver's own step with --cuda-graph, with views, and at two sizes."""
+@pytest.mark.parametrize("options", [{}, dict(site_drop=0.3, unbiased=True, relative=True)], ids=str)
+def test_a_unit_is_the_same_from_a_graph(backend, options):
+    """The driver's own step with --cuda-graph, with views, and at two sizes; with a moving average where there are options."""
     teacher = cases.teacher()
     objective = cases.objective(teacher, tv_weight=0.1)
+    of, average = objective.matcher, MovingAverage(0.4, start="first") if options else None
+    matcher = Matcher(of.names, of.channels, of.target_mean, of.target_var, moving_average=average, **options).cuda()
     fused = fuse(teacher.model.cuda(), backend=backend)
-    objective, labels = dataclasses.replace(objective, teacher=fused, matcher=objective.matcher.cuda()), cases.LABELS.cuda()
-    unit = objective, labels, labels, cases.SEEDS, 5, teacher, cases.CONFIG, lambda *_: None
+    objective, labels = dataclasses.replace(objective, teacher=fused, matcher=matcher), cases.LABELS.cuda()
+    groups = group_by_class(labels)
+    unit = objective, groups, labels, cases.SEEDS, 5, teacher, cases.CONFIG, lambda *_: None
     made = [optimise(*unit, cuda_graph=on) for on in (False, True)]
     torch.testing.assert_close(made[1][0], made[0][0], rtol=1e-4, atol=1e-4)
     assert made[1][1] == pytest.approx(made[0][1], rel=1e-4)

@@ -376,9 +376,15 @@ def test_statistics_that_cannot_be_matched_are_refused(spoil, message):
         check_teacher(model)
 
 
-def test_networks_without_batchnorm_are_refused():
-    with pytest.raises(InputError, match="Sequential has no BatchNorm layer"):
-        check_teacher(nn.Sequential(nn.Conv2d(1, 2, 3), nn.InstanceNorm2d(2)))
+def test_without_batchnorm_it_is_said_what_can_be_matched_instead():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2), nn.ReLU(), nn.GroupNorm(1, 2), nn.LayerNorm(2)).eval()
+    with pytest.raises(InputError, match=r"no BatchNorm layer: it has GroupNorm \(2\), LayerNorm \(1\), .*@last"):
+        check_teacher(model)
+    with pytest.raises(InputError, match=r"no BatchNorm layer: match other sites .*for example conv"):
+        check_teacher(nn.Sequential(nn.Conv2d(1, 2, 3)))
+    check_teacher(freeze(model), needs_batchnorm=False)
+    with pytest.raises(InputError, match="parameters of the teacher require a gradient"):
+        check_teacher(model.requires_grad_(True), needs_batchnorm=False)
 
 
 def test_every_kind_of_batchnorm_is_found_in_order():

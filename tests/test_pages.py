@@ -8,6 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import drop_in  # noqa: E402
 import report  # noqa: E402
 import scaling  # noqa: E402
 import scaling_model  # noqa: E402
@@ -38,6 +39,20 @@ CASES = {
         ],
         "independent": [dict(ranks=r, units=8, batch=64, iterations=40, seconds=30 / r) for r in (1, 2)],
     },
+    drop_in: {
+        "cases": [
+            {
+                "loop": "recover_sre2l",
+                "network": "resnet18",
+                "batch": 16,
+                "rounds": 5,
+                "seconds": {"eager": 2.0, "bnfuse": 1.0},
+                "eager_over_bnfuse": 2.01,
+                "losses_apart": 2.3e-7,
+                "peak_bytes": {"eager": 1.5e9, "bnfuse": 1e9},
+            }
+        ]
+    },
 }
 EXPECTED = {
     virtual_batches: (
@@ -46,6 +61,10 @@ EXPECTED = {
         "1.25× (median of 9 pairs), where a whole forward pass more would be 1.30×.",
     ),
     scaling: ("| 2 ranks | 2.000 | 2.00× | 10.0% | 1.00 ms |", "an all-reduce of 110 kB", "| 2 ranks | 15.0 | 2.00× |"),
+    drop_in: (
+        "| `recover_sre2l`, ResNet-18, 16 images | 2000 ms | 1000 ms | 2.01× | 1,500 MB | 1,000 MB | 1.50× | 2e-07 |",
+        "medians of 5 rounds",
+    ),
 }
 
 

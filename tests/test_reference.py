@@ -223,17 +223,19 @@ def test_bn_distance_against_plain_loops(distance, use_std):
     assert_elements_close(actual, torch.tensor(expected, dtype=torch.float64), torch.float64)
 
 
-def test_bn_distance_kl_is_torch_s_divergence_of_gaussians():
+@pytest.mark.parametrize("distance", ["kl", "kl_reverse"])
+def test_bn_distance_kl_is_torch_s_divergence_of_gaussians(distance):
     mean, var, target_mean, target_var = random_moments()
     ours = torch.distributions.Normal(mean, var.sqrt())
     theirs = torch.distributions.Normal(target_mean, target_var.sqrt())
-    per_channel = torch.distributions.kl_divergence(ours, theirs)
+    pair = (ours, theirs) if distance == "kl" else (theirs, ours)
+    per_channel = torch.distributions.kl_divergence(*pair)
     expected = torch.stack([p.mean(1) for p in per_channel.split(SITE_CHANNELS.tolist(), dim=1)], dim=1)
-    actual = reference.bn_distance(mean, var, target_mean, target_var, SITE_CHANNELS, distance="kl", eps=0.0)
+    actual = reference.bn_distance(mean, var, target_mean, target_var, SITE_CHANNELS, distance=distance, eps=0.0)
     assert_elements_close(actual, expected, torch.float64)
 
 
-@pytest.mark.parametrize("distance", reference.DISTANCES)
+@pytest.mark.parametrize("distance", (*reference.DISTANCES, *reference.EAGER_DISTANCES))
 def test_bn_distance_passes_gradcheck(distance):
     mean, var, target_mean, target_var = random_moments()
 
@@ -243,7 +245,7 @@ def test_bn_distance_passes_gradcheck(distance):
     assert torch.autograd.gradcheck(loss, (mean.requires_grad_(), var.requires_grad_()))
 
 
-@pytest.mark.parametrize("distance", reference.DISTANCES)
+@pytest.mark.parametrize("distance", (*reference.DISTANCES, *reference.EAGER_DISTANCES))
 def test_bn_distance_at_its_target_is_zero_with_zero_gradient(distance):
     mean, var, _, _ = random_moments()
     moments = mean.clone().requires_grad_(), var.clone().requires_grad_()

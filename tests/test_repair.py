@@ -163,6 +163,61 @@ def test_files_of_others_are_named_and_left(teacher, made):
     assert result.problems == ["images/00-0/extra.png is not in manifest.jsonl"] and (made / "images/00-0/extra.png").exists()
 
 
+def change_card(root: Path, without: tuple[str, ...] = (), **fields) -> None:
+    card = json.loads((root / "card.json").read_text()) | fields
+    (root / "card.json").write_text(json.dumps({name: value for name, value in card.items() if name not in without}))
+
+
+def test_the_micro_batch_is_the_cards(teacher, tmp_path, monkeypatch):
+    """What decides how sums are rounded comes from the card; another one is refused, unless changes are welcome."""
+    made, used, genuine = tmp_path / "made", [], units.optimise
+    synthesize(teacher, None, made, CONFIG, device="cpu", micro_batch=1, progress=False)
+    assert json.loads((made / "card.json").read_text())["micro_batch"] == 1
+    monkeypatch.setattr(units, "optimise", lambda *a, **k: used.append(k["micro_batch"]) or genuine(*a, **k))
+    before = tree(made)
+    flip_a_bit(made / IMAGE)
+    with pytest.raises(InputError, match="(?s)micro_batch: given null, the dataset has 1.*Repair it with"):
+        mend(teacher, made, micro_batch=2)
+    assert mend(teacher, made).problems == [] and tree(made) == before and used == [1]
+    flip_a_bit(made / IMAGE)
+    assert mend(teacher, made, micro_batch=2, accept_changes=True).problems == [] and used == [1, 2]
+    with pytest.raises(InputError, match="micro_batch: given null, the dataset has 1"):
+        synthesize(teacher, None, made, CONFIG, device="cpu", progress=False)
+
+
+def test_a_micro_batch_of_the_whole_batch_is_none(teacher, made):
+    assert synthesize(teacher, None, made, CONFIG, device="cpu", micro_batch=100, progress=False).made == 0
+
+
+def test_images_of_teams_of_ranks_are_not_made_again_by_one(teacher, made, monkeypatch, capsys):
+    change_card(made, ranks_per_batch=2)
+    flip_a_bit(made / IMAGE)
+    (made / LABELS).unlink()
+    before, optimise = tree(made), units.optimise
+    monkeypatch.setattr(units, "optimise", lambda *a, **k: pytest.fail("it was made all the same"))
+    monkeypatch.setattr("bnfuse.cli._load_teacher", lambda args: teacher)
+    assert main(["verify", str(made), "--repair", "--teacher", "x", "--device", "cpu"]) == 1
+    assert f"({IMAGE}): teams of 2 ranks made each batch together, and one process rounds" in capsys.readouterr().out
+    assert tree(made) == before
+    monkeypatch.setattr(units, "optimise", optimise)
+    assert mend(teacher, made, accept_changes=True).problems == [] == verify(made)
+    (made / LABELS).unlink()
+    assert mend(teacher, made).restored == [LABELS] and verify(made) == []  # logits of images that are there are anybody's
+    with pytest.raises(InputError, match="ranks_per_batch: given 1, the dataset has 2"):
+        synthesize(teacher, None, made, CONFIG, device="cpu", progress=False)
+
+
+def test_a_dataset_of_before_the_card_said_how_it_rounds(teacher, made, another_machine):
+    """It goes on, whatever the micro_batch, and a repair that comes out different says that this may be why."""
+    change_card(made, without=("micro_batch", "ranks_per_batch"), complete=False)
+    lines = lines_of(made)
+    (made / "manifest.jsonl").write_bytes(b"".join(lines[:3]))  # the first two of four units
+    assert synthesize(teacher, None, made, CONFIG, device="cpu", micro_batch=1, progress=False).made == 3
+    flip_a_bit(made / "images/00-0/00-000000.png")
+    result = mend(teacher, made)
+    assert len(result.differing) == 1 and "another --micro-batch than it was made with" in result.why
+
+
 def test_refusals(teacher, made):
     flip_a_bit(made / IMAGE)
     before = tree(made)

@@ -10,6 +10,8 @@ import torch
 import virtual_cases as cases
 from team_ranks import COUNTS, MICRO_BATCHES, SIZES
 
+from bnfuse.ensemble import TEACHER_PLANS
+
 RANKS = Path(__file__).with_name("team_ranks.py")
 
 
@@ -82,7 +84,7 @@ def test_a_team_goes_on_from_its_state_to_the_same_bits(ranks, micro_batch):
             resumed, again = found[f"resumed, {micro_batch}"]
             assert resumed.equal(images) and again == losses
             assert all(state[name].equal(team[0][f"unit, {micro_batch}"][2][name]) for name in state)
-        alone, _ = cases.make_unit(objective, teacher, state=state)
+        alone, _ = cases.make_unit(objective, teacher, state=dict(state))
         assert (alone - images).abs().mean() < 1e-4
 
 
@@ -92,3 +94,15 @@ def test_what_one_rank_wants_saved_all_save(ranks):
 
 def test_a_loss_that_is_not_finite_ends_the_unit_on_every_rank(ranks):
     assert all(found["not finite"] == (1, "ce") for team in ranks.values() for found in team)
+
+
+def test_two_teachers_on_a_team_make_the_images_that_they_make_on_one_rank(ranks):
+    teacher = cases.teacher(3)
+    for number, plan in enumerate(TEACHER_PLANS):
+        expected, losses = cases.make_unit(cases.ensemble(teacher, plan), teacher)
+        for team in ranks.values():
+            for found in team:
+                images, theirs = found["two teachers"][number]
+                assert images.equal(team[0]["two teachers"][number][0])
+                assert (images - expected).abs().mean() < 1e-4
+                assert {name: pytest.approx(value, rel=1e-4) for name, value in theirs.items()} == losses

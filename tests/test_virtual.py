@@ -1,6 +1,10 @@
 """A batch cut into micro-batches has the loss, the gradient and the images of the whole."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,8 @@ from bnfuse import InputError, SynthesisConfig, load_dataset, synthesize
 from bnfuse.augment import Augmentation
 from bnfuse.fusion import fuse
 from bnfuse.optimisation import NonFiniteLoss, _resize, _schedule, _start, _valid_range
+from bnfuse.pictures import ContactSheet
+from bnfuse.plans import Unit
 from bnfuse.seeds import derive_seed
 from bnfuse.units import recognised
 from bnfuse.virtual import Seen, VirtualBatch
@@ -174,13 +180,38 @@ def test_a_unit_goes_on_from_its_state_to_the_same_bits(channels, micro_batch):
     images, losses = cases.make_unit(objective, teacher, micro_batch=micro_batch, checkpoint=keep)
     assert list(keep.states) == [1, 6, 7, 19]
     for step, state in keep.states.items():
-        state = load(save(state))
-        steps = []
+        state, steps = load(save(state)), []
         show = lambda step, *_, steps=steps: steps.append(step)
         again = cases.make_unit(objective, teacher, show=show, micro_batch=micro_batch, state=state)
         assert again[0].equal(images) and again[1] == losses
         assert steps == [s for s in (6, 10, 20) if s > step]
-        assert keep.states[step]["values"].equal(state["values"])  # it was read, not written
+        assert set(state) == {"step", "generator"}  # the images are not held twice
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the resident set is read from /proc")
+def test_the_memory_of_a_unit_is_its_images_and_adams_state_and_the_rest_does_not_grow_with_it():
+    """Of 64 images and of 4,096, by an allocator that gives back what is free."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, str(Path(__file__).with_name("unit_memory.py"))]
+    printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    (_, _, _, small), (images, image_bytes, held, large) = ([*map(int, line.split())] for line in printed.splitlines()[1:])
+    assert images == 4096 and held < 3.3 * image_bytes
+    assert large < small + 2 * 2**20
+
+
+def test_a_contact_sheet_asks_for_the_images_that_it_shows(tmp_path):
+    """Of a batch of 70 that forms, on this rank 60, those of the first 20 classes whose number is below 10."""
+    unit = Unit(0, tuple([0] * 35 + [30] * 35), (*range(35), *range(35)))
+    sheet, asked = ContactSheet(tmp_path, [str(k) for k in range(40)], every=0), []
+
+    def pixels(rows):
+        asked.append(rows)
+        return torch.full((len(rows), 1, 8, 8), 128, dtype=torch.uint8)
+
+    sheet.refresh(unit, 60, pixels)
+    assert asked == [[*range(10)]] and (tmp_path / "contact_sheet.png").exists()
+    sheet.refresh(Unit(1, (30,), (3,)), 1, pixels)
+    assert len(asked) == 1
 
 
 def test_a_state_of_another_unit_is_refused(teacher, objective):
@@ -316,7 +347,8 @@ def test_bfloat16_is_in_the_teacher_alone(teacher):
         return Seen(leaf, means, moments)
 
     parts = torch.empty_like(noise)
-    for rows, gradient in batch.gradients(look, lambda means, moments: objective.combine(means, moments, classes))[1]:
+    loss = lambda means, moments: objective.combine(means, moments, classes, batch.count)
+    for rows, gradient in batch.gradients(look, loss)[1]:
         parts[rows] = gradient
     assert (parts - half).norm() < 0.01 * half.norm()  # a coefficient rounded otherwise moves a bfloat16 by a whole step
 

@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from networks import Chains, settle
 
 from bnfuse import Matcher, SynthesisConfig, fuse, group_by_class
+from bnfuse.averaging import MovingAverage
 from bnfuse.distributed import ALONE
+from bnfuse.ensemble import Committee, Ensemble
 from bnfuse.models import Teacher, batchnorm_layers, freeze
 from bnfuse.networks import CifarResNet
 from bnfuse.objective import Objective
@@ -15,6 +17,7 @@ from bnfuse.reference import DISTANCES
 from bnfuse.virtual import Seen, VirtualBatch
 
 CLASSES = 5
+SITES = ("bn", "pixels", "name=skip@cells=4", "name=conv4:output")
 STARTS = [0, 3, 3, 8, 11]  # 11 images in four groups, one of them empty
 
 
@@ -23,7 +26,7 @@ STARTS = [0, 3, 3, 8, 11]  # 11 images in four groups, one of them empty
 
 def network(dtype: torch.dtype = torch.float64):
     torch.manual_seed(0)
-    return fuse(settle(Chains()).to(dtype))
+    return fuse(settle(Chains()).to(dtype), sites=SITES)
 
 
 def batch(count: int = 11, dtype: torch.dtype = torch.float64):
@@ -39,6 +42,9 @@ def matcher(distance: str = "l2", **options) -> Matcher:
     """A table of two classes near what the batch's statistics are."""
     layers = batchnorm_layers(settle(Chains()))
     channels = [layer.num_features for layer in layers.values()]
+    if options.pop("all_sites", False):
+        layers |= {"pixels": None, "skip:input@cells=4": None, "conv4:output": None}
+        channels += [3, 4, 6]
     generator = torch.Generator().manual_seed(2)
     mean = 0.3 * torch.randn(2, sum(channels), generator=generator)
     var = 0.5 + torch.rand(2, sum(channels), generator=generator)
@@ -69,6 +75,21 @@ def _moving_average(straight_through: bool):
     return loss
 
 
+def _options(classes: torch.Tensor = GROUP_CLASSES, **options):
+    """Options of the matcher, at every kind of site."""
+
+    def loss(means, moments):
+        average = MovingAverage(0.4, **options["average"]) if "average" in options else None
+        given = {name: value for name, value in options.items() if name != "average"}
+        match = matcher("l2", all_sites=True, moving_average=average, **given)
+        if average is not None:  # it is in its second step
+            match.measure(type(moments)({k: (v[0].detach() / 2, v[1].detach() / 3) for k, v in moments.items()}), classes)
+        match.draw_sites(torch.Generator().manual_seed(3))
+        return (means["ce"] + match.measure(moments, classes)[0],)
+
+    return loss
+
+
 def _mixture(means, moments):
     """A product of terms, of one site alone, and no term of its own: nothing about the loss may be assumed."""
     mean, var = moments["bn1"]
@@ -80,6 +101,11 @@ LOSSES = {distance: _matched(distance, slack=0.1 if distance == "hinge" else 0.0
     "moving average, gradient scaled": _moving_average(False),
     "moving average, straight through": _moving_average(True),
     "mixture": _mixture,
+    "unbiased, relative": _options(unbiased=True, relative=True, use_std=True),
+    "sites left out, samples and sites enhanced": _options(site_drop=0.4, enhancement=1.0, site_weights={"pixels": -1.0}),
+    "mixture of classes": _options(torch.tensor([[0.2, 0.8], [1.0, 0.0], [0.5, 0.5], [0.0, 1.0]], dtype=torch.float64)),
+    "average of the matcher, gradient scaled": _options(average={"start": "first"}),
+    "average of the matcher, straight through": _options(average={"gradient": "straight_through"}),
 }
 
 
@@ -133,9 +159,9 @@ LABELS = torch.tensor([1, 1, 1, 0, 0, 0, 0])
 SEEDS = list(range(100, 107))
 
 
-def teacher(channels: int = 1) -> Teacher:
-    torch.manual_seed(0)
-    model = CifarResNet(8, 10, channels, width=8)
+def teacher(channels: int = 1, seed: int = 0, width: int = 8) -> Teacher:
+    torch.manual_seed(seed)
+    model = CifarResNet(8, 10, channels, width=width)
     with torch.no_grad():
         for _ in range(30):
             model(torch.randn(32, channels, 8, 8))
@@ -148,6 +174,16 @@ def objective(teacher: Teacher, **options) -> Objective:
     off = torch.tensor([[0.9], [1.2]])
     match = Matcher(running.names, running.channels, running.target_mean + off - 1, running.target_var * off)
     return Objective(fuse(teacher.model), match, **options)
+
+
+def ensemble(teacher: Teacher, plan: str = "in_turn", **options) -> Ensemble:
+    """That teacher, and one of other width."""
+    members = [objective(teacher, **options), objective(other_teacher(teacher.preprocessing.channels), **options)]
+    return Ensemble(members, Committee(plan, drawn=1))
+
+
+def other_teacher(channels: int) -> Teacher:
+    return teacher(channels, seed=1, width=6)
 
 
 class Keep:
@@ -164,7 +200,7 @@ class Keep:
 
 
 def make_unit(objective, teacher, config=CONFIG, show=lambda *_: None, outputs=LABELS, **options):
-    return optimise(objective, LABELS, outputs, SEEDS, 5, teacher, config, show, **options)
+    return optimise(objective, groups(), outputs, SEEDS, 5, teacher, config, show, **options)
 
 
 def groups():
