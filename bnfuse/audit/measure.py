@@ -38,7 +38,6 @@ MEASURES = {
     "neighbours": "bnfuse.audit.neighbours",
     "gradients": "bnfuse.audit.gradients",
     "memorisation": "bnfuse.audit.memorisation",
-    "gan": "bnfuse.audit.gan",
     "membership": "bnfuse.audit.membership",
     "tracing": "bnfuse.audit.tracing",
 }
