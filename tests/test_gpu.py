@@ -388,6 +388,29 @@ def test_compute_sanitizer_finds_nothing(backend, tmp_path):
         assert ran.returncode == 0, f"{tool}:\n{ran.stdout[-4000:]}\n{ran.stderr[-2000:]}"
 
 
+def test_nccl_sends_what_a_team_sends():
+    """The collectives of `Team`, on the process group that `Ranks.start` makes, with one rank: two would want two GPUs."""
+    if not torch.distributed.is_nccl_available():
+        pytest.skip("this torch has no NCCL")
+    script = textwrap.dedent(
+        """
+        import torch
+        import torch.distributed as dist
+        dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+        for device in ("cpu", "cuda"):
+            sums = torch.arange(1000, dtype=torch.float64, device=device) / 3
+            rows = sums.float().view(10, 100)
+            reduced, shares = sums.clone(), [torch.empty_like(rows)]
+            dist.all_reduce(reduced)
+            dist.all_gather(shares, rows)
+            assert reduced.equal(sums) and shares[0].equal(rows), device
+        dist.destroy_process_group()
+        """
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+
 def test_auto_takes_a_gpu_backend():
     assert backends.resolve("auto", "cuda") in ("cuda", "triton")
     assert_agrees_with_the_reference(make_case((2, 3, 4, 4)), "cpp")  # and the CPU still its own
