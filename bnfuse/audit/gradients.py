@@ -41,7 +41,6 @@ NAME, TITLE, NEEDS = "gradients", "Gradient matching", {"heldout"}
 IDLG, DLG, INVERTING = "iDLG", "DLG", "inverting gradients"
 RECOVERED = 30.0  # dB at which an image counts as recovered: the positive control
 UNRELATED = 20.0  # dB which no image reaches that was recovered from noise
-MATCHED = 1e-6  # of the gradient's squared norm: closer than this, the search stops
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class Config:
     trials : (attack, images in a batch, batches of each arm)
     steps, batch_size, lr : training of the attacked network, with Adam
     evaluations : of the gradient distance, at most, in a run of L-BFGS
+    matched : distance of gradients, see `match`, below which a run stops
     restarts : runs from other noise, at most, until the gradient is matched; the best match is kept
     adam_steps : of inverting gradients
     adam_lr, tv : its step, and its weight of the total variation
@@ -64,6 +64,7 @@ class Config:
     batch_size: int = 64
     lr: float = 3e-3
     evaluations: int = 300
+    matched: float = 1e-6
     restarts: int = 2
     adam_steps: int = 200
     adam_lr: float = 0.05
@@ -75,15 +76,17 @@ BUDGETS = {
     "quick": Config(trials=((IDLG, 1, 6), (DLG, 1, 2), (INVERTING, 1, 1), (INVERTING, 4, 1)), steps=60, tv=1e-5),
     "standard": Config(
         trials=((IDLG, 1, 8), (DLG, 1, 4), (DLG, 2, 2), (INVERTING, 1, 4), (INVERTING, 4, 2)),
-        steps=200,
-        evaluations=500,
-        restarts=3,
+        steps=100,
+        evaluations=2000,
+        matched=1e-10,
+        restarts=2,
         adam_steps=1000,
     ),
     "full": Config(
         trials=((IDLG, 1, 50), (DLG, 1, 20), (DLG, 4, 5), (INVERTING, 1, 20), (INVERTING, 8, 5)),
         steps=1000,
-        evaluations=1000,
+        evaluations=5000,
+        matched=1e-12,
         restarts=5,
         adam_steps=5000,
     ),
@@ -202,10 +205,10 @@ def match(
     """
     best, least = None, math.inf
     for _ in range(config.restarts):
-        images, left = _search(network, shared, shape, config.evaluations, rng, labels)
+        images, left = _search(network, shared, shape, config, rng, labels)
         if left < least or best is None:
             best, least = images, left
-        if least < MATCHED:
+        if least < config.matched:
             break
     return best
 
@@ -214,7 +217,7 @@ def _search(
     network: nn.Module,
     shared: tuple[Tensor, ...],
     shape: tuple[int, ...],
-    evaluations: int,
+    config: Config,
     rng: torch.Generator,
     labels: Tensor | None,
 ) -> tuple[Tensor, float]:
@@ -233,12 +236,12 @@ def _search(
         found = gradient(network, images, targets(), differentiable=True)
         return sum((a - b).square().sum() for a, b in zip(found, shared)) / norm
 
-    left = _minimise(distance, variables, evaluations)
+    left = _minimise(distance, variables, config)
     return images.detach().clamp(0, 1), left
 
 
-def _minimise(distance: Callable[[], Tensor], variables: list[Tensor], evaluations: int) -> float:
-    """L-BFGS with strong Wolfe steps until `MATCHED`; returns the last distance, inf where it is not a number."""
+def _minimise(distance: Callable[[], Tensor], variables: list[Tensor], config: Config) -> float:
+    """L-BFGS with strong Wolfe steps until the gradient is matched; returns the last distance, inf where it is not a number."""
     optimizer = torch.optim.LBFGS(
         variables, max_iter=20, history_size=50, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
     )
@@ -253,7 +256,7 @@ def _minimise(distance: Callable[[], Tensor], variables: list[Tensor], evaluatio
         value = float(loss.detach())
         return loss
 
-    while count < evaluations and not value < MATCHED:
+    while count < config.evaluations and not value < config.matched:
         before = value
         optimizer.step(closure)
         if not math.isfinite(value) or value == before:
