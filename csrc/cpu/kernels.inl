@@ -174,10 +174,10 @@ BNFUSE_INLINE void store_vector(typename VectorOf<A>::type v, A* x) {
   memcpy(x, &v, sizeof(v));
 }
 
-// Elements from x to the next multiple of a vector, at least one.
+// Elements from x to the first that a vector is aligned to.
 template <typename A>
 BNFUSE_INLINE int64_t to_alignment(const A* x) {
-  return LANES<A> - int64_t(reinterpret_cast<uintptr_t>(x) / sizeof(A)) % LANES<A>;
+  return -int64_t(reinterpret_cast<uintptr_t>(x) / sizeof(A)) & (LANES<A> - 1);
 }
 
 // Every other lane of a and then of b: the first, third, … or the second, fourth, …
@@ -332,24 +332,31 @@ struct Span {
     q = q0 + q1;
   }
 
-  // mean and m2 [rows] of x [rows, n], rows ≤ LANES; both have room for LANES.
-  void moments(const A* x, int64_t rows, double* __restrict mean, double* __restrict m2) const {
+  // pivots [rows] near the means of x [rows, n]; rows ≤ LANES, and there is room for LANES.
+  void find_pivots(const A* x, int64_t rows, A* pivots) const {
+    Vector lanes[LANES];
+    for (int64_t r = 0; r < rows; ++r) lanes[r] = sum(x + r * n);
+    sum_rows<A>(lanes, rows, pivots);
+    for (int64_t r = 0; r < LANES; ++r) pivots[r] *= A(share);
+  }
+
+  // mean and m2 [rows] of x [rows, n] about the pivots that were found; there is room for LANES.
+  void moments(const A* x, int64_t rows, const A* __restrict pivots, double* __restrict mean, double* __restrict m2) const {
     Vector s_lanes[LANES], q_lanes[LANES];
-    A pivot[LANES], s[LANES], q[LANES];
-    for (int64_t r = 0; r < rows; ++r) s_lanes[r] = sum(x + r * n);
-    sum_rows<A>(s_lanes, rows, pivot);
-    for (int64_t r = 0; r < LANES; ++r) pivot[r] *= A(share);
-    for (int64_t r = 0; r < rows; ++r) sums_about(x + r * n, pivot[r], s_lanes[r], q_lanes[r]);
+    A s[LANES], q[LANES];
+    for (int64_t r = 0; r < rows; ++r) sums_about(x + r * n, pivots[r], s_lanes[r], q_lanes[r]);
     sum_rows<A>(s_lanes, rows, s);
     sum_rows<A>(q_lanes, rows, q);
     int64_t finite = 1;  // as wide as a double, for the loop to vectorise
-    for (int64_t r = 0; r < LANES; ++r) {
+    const auto finish = [&](int64_t r) __attribute__((always_inline)) {
       const double off = double(s[r]) / double(n);  // not s·share: where all are alike, m2 is 0 to the last bit
-      mean[r] = double(pivot[r]) + off;
+      mean[r] = double(pivots[r]) + off;
       m2[r] = double(q[r]) - double(s[r]) * off;
       m2[r] = m2[r] < 0 ? 0 : m2[r];  // rounding alone makes it negative; NaN stays
       finite &= is_finite(m2[r]);
-    }
+    };
+    if (rows == 1) finish(0);
+    else for (int64_t r = 0; r < LANES; ++r) finish(r);
     if (finite) return;
     for (int64_t r = 0; r < rows; ++r)
       if (!is_finite(m2[r])) exact_moments(x + r * n, n, mean[r], m2[r]);
@@ -577,7 +584,7 @@ void apply(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape shape, Coef
     const bool vectors = shape.width >= LANES<A>;
     const int64_t begin = vectors ? to_alignment(y_row) : 0;
     const int64_t end = vectors ? begin + (shape.width - begin) / LANES<A> * LANES<A> : shape.width;
-    if (vectors) apply_vector(0);
+    if (begin > 0) apply_vector(0);
 #pragma GCC ivdep
     for (int64_t i = begin; i < end; ++i) apply_element(i);
     if (end < shape.width) apply_vector(shape.width - LANES<A>);
@@ -867,7 +874,7 @@ void forward_planes_of(const Forward& f, const PlaneWalk& walk, int64_t begin, i
   const int64_t width = f.plane_size < FORWARD_TILE ? f.plane_size : FORWARD_TILE;
   const int64_t most = FORWARD_TILE / width < LANES<A> ? FORWARD_TILE / width : LANES<A>;
   const Span<A> whole_tile(width), last_tile((f.plane_size - 1) % FORWARD_TILE + 1);
-  A scale[LANES<A>], shift[LANES<A>];  // of each row of a tile
+  A scale[LANES<A>], shift[LANES<A>], pivots[LANES<A>];  // of each row of a tile
   double mean[LANES<A>], m2[LANES<A>], piece_mean[LANES<A>], piece_m2[LANES<A>];
   const Coefficients<A> coefficients{scale, shift, nullptr, nullptr, nullptr};
 
@@ -889,14 +896,15 @@ void forward_planes_of(const Forward& f, const PlaneWalk& walk, int64_t begin, i
         const int64_t at = plane * f.plane_size + i, bytes = mask_bytes(f.plane_size);
         const Tile<const A> x = forward_tile.load_x(at, f.plane_size, shape);
         const Span<A>& span = shape.width == whole_tile.n ? whole_tile : last_tile;
-        span.moments(x.data, rows, piece_mean, piece_m2);
+        const MaskTile mask{f.mask ? f.mask + plane * bytes + i / 8 : nullptr, shape.width, 0, bytes};
+        span.find_pivots(x.data, rows, pivots);
+        if (f.y) forward_tile(x, at, f.plane_size, shape, coefficients, mask);  // meanwhile the pivots' last additions end
+        span.moments(x.data, rows, pivots, piece_mean, piece_m2);
         const MergeWeights weights = merge_weights(double(i), double(shape.width));
         for (int64_t r = 0; r < rows; ++r) {
           if (i == 0) mean[r] = m2[r] = 0;
           merge_moments(mean[r], m2[r], piece_mean[r], piece_m2[r], weights);
         }
-        const MaskTile mask{f.mask ? f.mask + plane * bytes + i / 8 : nullptr, shape.width, 0, bytes};
-        if (f.y) forward_tile(x, at, f.plane_size, shape, coefficients, mask);
       }
       moments.add(mean, m2, rows);
     }
