@@ -35,6 +35,8 @@ constexpr int64_t VECTOR_BYTES = 16;
 #endif
 
 constexpr int64_t TILE_SIZE = 4096;      // elements of a tile at most
+constexpr int64_t APART = 96;            // elements between buffers, which would share lines of the first-level cache if they lay
+                                         // a power of two apart: half the speed, wherever the stack happens to be so
 constexpr int64_t BACKWARD_TILE = 4096;  // of a tile in the walk over planes; a multiple of 8: tiles share no mask byte
 constexpr int64_t FORWARD_TILE = 1024;   // the same, where reading and writing take turns: so often that neither has to wait
 constexpr int64_t PIVOT_ROWS = 8;        // of an item, whose mean its moments are taken about
@@ -399,7 +401,7 @@ void gather(A* __restrict values, Columns columns) {
 
 template <typename A>
 struct ColumnBuffer {
-  alignas(64) A values[COLUMN_TILE];
+  alignas(64) A values[COLUMN_TILE + APART];
 
   template <typename Function>
   BNFUSE_INLINE void fill(Columns columns, const Function& value) {
@@ -411,11 +413,11 @@ struct ColumnBuffer {
 // The moments of an item's columns, about a pivot near their mean, in S.
 template <typename S>
 struct ColumnMoments {
-  alignas(64) S pivot[COLUMN_TILE];
-  alignas(64) S s[COLUMN_TILE];  // Σ(x − pivot), of the last rows
-  alignas(64) S q[COLUMN_TILE];  // Σ(x − pivot)², of the last rows
-  alignas(64) S settled_s[COLUMN_TILE];
-  alignas(64) S settled_q[COLUMN_TILE];
+  alignas(64) S pivot[COLUMN_TILE + APART];
+  alignas(64) S s[COLUMN_TILE + APART];  // Σ(x − pivot), of the last rows
+  alignas(64) S q[COLUMN_TILE + APART];  // Σ(x − pivot)², of the last rows
+  alignas(64) S settled_s[COLUMN_TILE + APART];
+  alignas(64) S settled_q[COLUMN_TILE + APART];
   int64_t rows;  // the last ones
   bool trusted[COLUMN_TILE];     // of a channel, see finish
 
@@ -654,9 +656,9 @@ struct ForwardTile {
   using Function = std::conditional_t<SAME, ApplyFunction<A>, AddAndApplyFunction<A>>;
   const Forward& f;
   Function function;
-  alignas(64) A x_buffer[TILE_SIZE];
-  alignas(64) A residual_buffer[TILE_SIZE];
-  alignas(64) A y_buffer[TILE_SIZE];
+  alignas(64) A x_buffer[TILE_SIZE + APART];
+  alignas(64) A residual_buffer[TILE_SIZE + APART];
+  alignas(64) A y_buffer[TILE_SIZE + APART];
   uint8_t flags[TILE_SIZE];
 
   explicit ForwardTile(const Forward& f) : f(f), function(f.residual ? select<true>(f.act) : select<false>(f.act)) {}
@@ -790,11 +792,11 @@ struct BackwardTile {
   const Backward& f;
   DeriveFunction<A> derive;
   BackwardFunction<A> at_once;  // or null
-  alignas(64) A x_buffer[TILE_SIZE];
-  alignas(64) A dy_buffer[TILE_SIZE];
-  alignas(64) A residual_buffer[TILE_SIZE];
-  alignas(64) A dz_buffer[TILE_SIZE];
-  alignas(64) A dx_buffer[TILE_SIZE];
+  alignas(64) A x_buffer[TILE_SIZE + APART];
+  alignas(64) A dy_buffer[TILE_SIZE + APART];
+  alignas(64) A residual_buffer[TILE_SIZE + APART];
+  alignas(64) A dz_buffer[TILE_SIZE + APART];
+  alignas(64) A dx_buffer[TILE_SIZE + APART];
   uint8_t flags[TILE_SIZE];
 
   explicit BackwardTile(const Backward& f)
