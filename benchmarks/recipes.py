@@ -1,4 +1,5 @@
-"""The README's recipes for CIFAR-10 and ImageNet, run from end to end, and the accuracies that the README quotes.
+"""The recipes for CIFAR-10 and ImageNet (`bnfuse/recipes.py`), run from end to end, and the accuracies that the README
+quotes.
 
     python benchmarks/recipes.py cifar10 --data DIR      # DIR as in BNFUSE_DATA: the lossless images, resnet20-12fca82f.th
     python benchmarks/recipes.py imagenet --data DIR     # mobilenet_v1.py with its weights, and imagenette_1200.zip
@@ -24,8 +25,9 @@ import torch
 from results_file import write_result
 
 from bnfuse.cli import main as bnfuse
+from bnfuse.recipes import RECIPES
 
-STUDENT = "--model resnet20 --epochs 150 --batch-size 32 --lr 0.003 --shift 0 --flip --crop-scale 0.2 --eval-every 0"
+NOISE = "--low-resolution-iterations 0 --iterations 1 --bn-weight 0 --ce-weight 0 --tv-weight 0 --no-soft-labels"  # the control
 
 
 def run(command: str) -> str:
@@ -49,22 +51,22 @@ def cifar10(data: Path, runs: Path) -> dict:
     images = "--image-size 32 --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
     teacher = f"--teacher resnet20 --weights {data / 'resnet20-12fca82f.th'} {images}"
     run(f"record {teacher} --data cifar10:train --out {runs}/statistics.safetensors")
-    synthesize = f"synthesize {teacher} --statistics {runs}/statistics.safetensors --images-per-class 50 --batch-size 50"
-    made = run(
-        f"{synthesize} --iterations 200 --low-resolution-iterations 200 --first-site-weight 10 --tv-weight 1 "
-        f"--jitter 2 --flip --soft-labels --out {runs}/synthetic"
-    )
-    run(f"{synthesize} --iterations 1 --bn-weight 0 --ce-weight 0 --out {runs}/noise")
+    synthesize = f"synthesize {teacher} --statistics {runs}/statistics.safetensors --recipe cifar10"
+    made = run(f"{synthesize} --out {runs}/synthetic")
+    run(f"{synthesize} {NOISE} --out {runs}/noise")
     figures = {"recognised_by_teacher": percentage(made, "the teacher takes")}
+    each = RECIPES["cifar10"].synthesis["images_per_class"]
     for name, options in {
-        "synthetic_hard": f"--data {runs}/synthetic",
-        "synthetic_soft": f"--data {runs}/synthetic --soft-labels",
-        "real_hard": "--data cifar10:train --limit-per-class 50",
-        "noise_hard": f"--data {runs}/noise",
+        "synthetic_hard": f"--data {runs}/synthetic --labels hard",
+        "synthetic_soft": f"--data {runs}/synthetic --labels soft",
+        "real_hard": f"--data cifar10:train --labels hard --limit-per-class {each}",
+        "noise_hard": f"--data {runs}/noise --labels hard",
     }.items():
-        printed = run(f"train {options} --test cifar10:test {images} {STUDENT} --out {runs}/student_{name}")
+        printed = run(
+            f"train --recipe cifar10 {options} --test cifar10:test {images} --eval-every 0 --out {runs}/student_{name}"
+        )
         figures[name] = percentage(printed, "accuracy on cifar10:test:")
-    print("\nstudents (resnet20, 50 images a class), accuracy on the 1,017 lossless test images")
+    print(f"\nstudents (resnet20, {each} images a class), accuracy on the 1,017 lossless test images")
     print("\n".join(f"  {name:22s} {value:5.1f} %" for name, value in figures.items()))
     return figures
 
@@ -77,11 +79,7 @@ def imagenet(data: Path, runs: Path) -> dict:
         f"record {teacher} --data {runs}/imagenette --outputs 0 217 482 491 497 566 569 571 574 701 "
         f"--out {runs}/statistics.safetensors"
     )
-    made = run(
-        f"synthesize {teacher} --statistics {runs}/statistics.safetensors --images-per-class 4 --batch-size 4 "
-        f"--iterations 200 --lr 0.2 --bn-weight 0.01 --first-site-weight 1 --tv-weight 0.1 --jitter 32 --flip "
-        f"--out {runs}/synthetic"
-    )
+    made = run(f"synthesize {teacher} --statistics {runs}/statistics.safetensors --recipe imagenet --out {runs}/synthetic")
     return {"recognised_by_teacher": percentage(made, "the teacher takes")}
 
 

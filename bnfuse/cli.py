@@ -8,12 +8,13 @@ import signal
 import sys
 import textwrap
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
-from . import __version__
+from . import __version__, presets, recipes
 from .audit import MEASURES, audit
 from .audit.context import BUDGETS, NOISE
 from .audit.running import command_line
@@ -34,7 +35,7 @@ from .manifest import inspect, is_store, read_store, some
 from .models import SPEC_GRAMMAR, Teacher, load_teacher
 from .plans import SynthesisConfig
 from .preprocessing import Preprocessing
-from .presets import listing, preset
+from .recipes import recipe
 from .relabelling import RelabelConfig, relabel
 from .repair import repair
 from .sites import SITE_GRAMMAR
@@ -126,17 +127,21 @@ def _add_train(commands) -> None:
         metavar="WHICH",
         help="what to learn: hard, the classes (default); soft, the logits that `bnfuse synthesize --soft-labels` stored; "
         "relabel, what `bnfuse relabel` wrote beside the images; or a folder that it wrote. Of views the network sees those, "
-        "and none of the augmentation below",
+        "and none of the augmentation below. Default of a recipe: what it says",
     )
     parser.add_argument("--limit-per-class", type=int, metavar="N", help="use only the first N images of each class")
     _add_image_flags(parser)
     _add_device(parser)
+    _add_listing(parser, "--list-recipes", recipes.listing, "--recipe")
     add_flags(parser, TrainConfig)
 
 
 def _train(args) -> None:
-    config = from_flags(TrainConfig, args)
-    which = args.labels or ("soft" if args.soft_labels else "hard")
+    given = given_flags(TrainConfig, args)
+    chosen = recipe(given.pop("recipe")) if "recipe" in given else None
+    config = TrainConfig(**given) if chosen is None else chosen.train_config(**given)
+    soft = args.soft_labels or (chosen is not None and chosen.soft_labels)
+    which = args.labels or ("soft" if soft else "hard")
     labels = None if which in ("hard", "soft") else _labels(args, which)
     data = _load_data(args)
     if args.limit_per_class is not None:
@@ -310,25 +315,13 @@ def _add_synthesize(commands) -> None:
         "--tensorboard", type=Path, metavar="FOLDER", help="write losses, learning rate and pace for TensorBoard"
     )
     _add_more_teachers(parser)
-    parser.add_argument("--list-presets", action=_ListPresets, help="show the named settings for --preset, and end")
+    _add_listing(parser, "--list-presets", presets.listing, "--preset")
+    _add_listing(parser, "--list-recipes", recipes.listing, "--recipe")
     add_flags(parser, SynthesisConfig)
 
 
-class _ListPresets(argparse.Action):
-    """Like --help, so that it needs none of the required arguments."""
-
-    def __init__(self, option_strings, dest, **options):
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
-
-    def __call__(self, parser, *_) -> None:
-        print(listing())
-        parser.exit()
-
-
 def _synthesize(args) -> None:
-    given = given_flags(SynthesisConfig, args)
-    name = given.pop("preset", None)
-    config = SynthesisConfig(**given) if name is None else preset(name, **given)
+    config = _synthesis_config(given_flags(SynthesisConfig, args))
     teacher = _load_teacher(args)
     statistics = None if args.statistics is None else ClassStatistics.load(args.statistics)
     result = synthesize(
@@ -355,6 +348,15 @@ def _synthesize(args) -> None:
     share = recognised(teacher, statistics, result.out, config, micro_batch=args.micro_batch)
     print(f"the teacher takes {share:.1%} of them for what was asked")
     print(f"look at {result.out / 'contact_sheet.png'}; train on it with `bnfuse train --data {result.out}`")
+
+
+def _synthesis_config(given: dict[str, object]) -> SynthesisConfig:
+    """What the flags say, over a preset or a recipe where one is named; `SynthesisConfig` refuses both."""
+    if given.get("preset") is not None:
+        return presets.preset(given.pop("preset"), **given)
+    if given.get("recipe") is not None:
+        return recipe(given.pop("recipe")).synthesis_config(**given)
+    return SynthesisConfig(**given)
 
 
 # ---- bnfuse audit ----
@@ -582,6 +584,22 @@ def _add_doctor(commands) -> None:
 
 
 # ---- flags that several subcommands share ----
+
+
+def _add_listing(parser, flag: str, listing: Callable[[], str], of: str) -> None:
+    parser.add_argument(flag, action=_List, listing=listing, help=f"show the named settings for {of}, and end")
+
+
+class _List(argparse.Action):
+    """Like --help, so that it needs none of the required arguments."""
+
+    def __init__(self, option_strings, dest, listing, **options):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
+        self.listing = listing
+
+    def __call__(self, parser, *_) -> None:
+        print(self.listing())
+        parser.exit()
 
 
 def _add_teacher(parser, required: bool = True) -> None:

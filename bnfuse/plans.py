@@ -65,6 +65,7 @@ class SynthesisConfig(MatchingConfig):
     soft_labels : also store the teacher's logits of each image
     seed : seed of everything random
     preset : another project's settings, by name, from which these began, see --list-presets
+    recipe : this package's own for some kind of images, by name, instead, see --list-recipes
 
     Raises
     ------
@@ -103,6 +104,7 @@ class SynthesisConfig(MatchingConfig):
     soft_labels: bool = False
     seed: int = 0
     preset: str | None = None
+    recipe: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -114,6 +116,10 @@ class SynthesisConfig(MatchingConfig):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
                 raise InputError(f"{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")
+        if self.preset is not None and self.recipe is not None:
+            raise InputError(
+                f"settings begin from one of a preset and a recipe, got both: preset={self.preset!r}, recipe={self.recipe!r}"
+            )
         if not math.isfinite(self.bn_weight):
             raise InputError(f"bn_weight must be finite, got {self.bn_weight}")
         allowed_values = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .configs import flags
 from .errors import InputError
 from .plans import SynthesisConfig
 
@@ -313,14 +314,7 @@ def preset(name: str, **changes) -> SynthesisConfig:
 
 def settings(name: str) -> str:
     """A preset's fields in the words of the command line: ``--targets running --batch-size 100``."""
-    return " ".join(_flag(key, value) for key, value in PRESETS[name].fields.items()) or "the defaults"
-
-
-def _flag(key: str, value: object) -> str:
-    flag = "--" + key.replace("_", "-")
-    if isinstance(value, bool):
-        return flag if value else "--no-" + flag[2:]
-    return f"{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+    return flags(PRESETS[name].fields) or "the defaults"
 
 
 def listing() -> str:

@@ -64,6 +64,7 @@ class TrainConfig:
     seed : of the initial weights, the order of the images and their augmentation
     eval_every : test after every so many epochs; 0 tests at the end only
     workers : processes that read a dataset which is not in memory
+    recipe : a student's settings, by name, from which these began, see --list-recipes
 
     Raises
     ------
@@ -90,6 +91,7 @@ class TrainConfig:
     seed: int = 0
     eval_every: int = 5
     workers: int = 0
+    recipe: str | None = None
 
     def __post_init__(self):
         if self.optimizer not in OPTIMIZER_DEFAULTS:
