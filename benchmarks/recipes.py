@@ -6,7 +6,7 @@ quotes.
 
 Every step is a bnfuse command, printed before it runs. CIFAR-10 takes about half an hour on one core; the students are
 trained alike, with one seed, and tested on real images that were used for nothing else. Figures go to
-benchmarks/results/, with machine, versions and threads.
+benchmarks/results/, with machine, versions and threads, and into docs/recipes.md.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from recipes_page import PAGE, write_page
 from results_file import write_result
 
 from bnfuse.cli import main as bnfuse
@@ -105,7 +106,8 @@ def main() -> None:
         percent=figures,
         seconds=round(time.monotonic() - started),
     )
-    print(f"wrote {path}")
+    write_page()
+    print(f"wrote {path} and {PAGE}")
 
 
 if __name__ == "__main__":
