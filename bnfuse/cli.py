@@ -166,7 +166,7 @@ def _train(args) -> None:
         f"{result.train_accuracy:.1%} of them classified as labelled"
     )
     if result.accuracy is not None:
-        print(f"accuracy on {args.test}: {result.accuracy:.1%}")
+        print(f"accuracy on {args.test}: {result.accuracy:.1%}{'' if result.auc is None else f'; AUC {result.auc:.3f}'}")
     print(f"wrote {args.out / 'model.safetensors'} and {args.out / 'metrics.json'}")
 
 
