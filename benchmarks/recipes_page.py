@@ -62,7 +62,7 @@ def _of_recipe(name: str, result: dict) -> list[str]:
     tables = [markdown([["a student trained on", "accuracy on real images"], *rows])] if rows else []
     recognised = (
         f"The teacher takes {percent['recognised_by_teacher']:.0f} % of the images for what was asked of them. "
-        f"torch {result['torch']}, {result['date']}, {result['seconds'] / 60:.0f} minutes in all; `{result['command']}` "
+        f"torch {result['torch']}, {result['date']}; `{result['command']}` "
         f"([result](../benchmarks/results/recipe_{name}.json))."
     )
     return [*tables, recognised]
