@@ -166,7 +166,7 @@ def _train(args) -> None:
         f"{result.train_accuracy:.1%} of them classified as labelled"
     )
     if result.accuracy is not None:
-        print(f"accuracy on {args.test}: {result.accuracy:.1%}")
+        print(f"accuracy on {args.test}: {result.accuracy:.1%}{'' if result.auc is None else f'; AUC {result.auc:.3f}'}")
     print(f"wrote {args.out / 'model.safetensors'} and {args.out / 'metrics.json'}")
 
 
@@ -219,6 +219,14 @@ def _add_record(commands) -> None:
         help="of all elements of a class (pooled, the default), or as others gather it: averaged over images (EDC), over "
         "batches of one class (WMDD), or in a moving average over shuffled batches (ema: LPLD)",
     )
+    parser.add_argument(
+        "--subclasses",
+        type=int,
+        default=1,
+        metavar="K",
+        help="statistics for each of at most K clusters of a class's images, by the teacher's features; no cluster has fewer "
+        "images than a class must have (default 1: of each class as a whole)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="SEED", help="of the order of images in an ema (default 0)")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images a pass (default 128)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
@@ -255,12 +263,14 @@ def _record(args) -> None:
         dataset=data.name,
         minimum_images=args.minimum_images,
         allow_few_images=args.allow_few_images,
+        subclasses=args.subclasses,
         progress=True,
     )
     statistics.save(args.out)
     sites = "BatchNorm layers" if args.sites == ["bn"] else "sites"
+    parts = "" if statistics.row_classes is None else f", {len(statistics.row_classes)} sub-classes,"
     print(
-        f"recorded {int(statistics.images.sum())} images of {statistics.num_classes} classes at {len(statistics.sites)} "
+        f"recorded {int(statistics.images.sum())} images of {statistics.num_classes} classes{parts} at {len(statistics.sites)} "
         f"{sites} ({sum(statistics.site_channels.values())} channels): {args.out}"
     )
 
