@@ -66,8 +66,8 @@ def chosen(args) -> list[Case]:
     ](problem)
     if args.ipc:
         cases = [case for case in cases if case.ipc in args.ipc or (case.ipc is None and 0 in args.ipc)]
-    if args.seeds is not None:
-        cases = [case for case in cases if case.seed < args.seeds]
+    seeds = args.seeds or (1 if args.command == "ablations" else fidelity_cases.SEEDS)
+    cases = [case for case in cases if case.seed < seeds]
     if args.labels:
         cases = [case for case in cases if case.labels in args.labels]
     if args.only:
@@ -84,7 +84,7 @@ def main() -> int:
     parser.add_argument("problem", nargs="?", choices=PROBLEMS, default="cifar10")
     parser.add_argument("--split", choices=SPLITS, default="heldout", help="the real images that students are tested on")
     parser.add_argument("--ipc", type=int, nargs="+", metavar="N", help="images of each class alone; 0 is all real ones")
-    parser.add_argument("--seeds", type=int, metavar="N", help="students with the first N seeds alone")
+    parser.add_argument("--seeds", type=int, metavar="N", help="students with the first N seeds alone (ablations 1, else 3)")
     parser.add_argument("--labels", nargs="+", choices=fidelity_cases.LABELS, help="these labels alone")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these rungs, or lines of the table, alone")
     parser.add_argument("--list", action="store_true", help="show the cases and what is kept, and do nothing")

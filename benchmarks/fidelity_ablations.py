@@ -94,6 +94,9 @@ ABLATIONS = (
     Variant("jitter 4", "views", {"jitter": 4}),
     Variant("crops", "views", {"crop_scale": 0.25}),
     Variant("crops, as a curriculum", "views", {"crop_scale": 0.25, "crop_curriculum": 1.0}),
+    # sub-classes
+    Variant("3 sub-classes", "sub-classes", record={"subclasses": 3}),
+    Variant("10 sub-classes", "sub-classes", record={"subclasses": 10}),
     # sites
     Variant("pixels too", "sites", {"sites": ("bn", "pixels")}, record={"sites": ("bn", "pixels")}),
     Variant(

@@ -203,6 +203,8 @@ def digest(facts) -> str:
 
 # ---- what each command measures ----
 
+SEEDS = 3  # of students
+
 # The ladder: (source, name of the set, labels). "recipe" is the shipped one, "global" the same with targets of all classes
 # pooled.
 LADDER = (
@@ -220,10 +222,10 @@ CROSS_STUDENTS = ("convnet3", "wide_resnet20")
 
 
 def curves(problem: Problem) -> list[Case]:
-    """Every rung of the ladder at every number of images, three seeds; the first seed of everything first."""
+    """Every rung of the ladder at every number of images; the first seed of everything first."""
     return [
         _case(problem, source, variant, labels, ipc, problem.student, seed, images=max(problem.ipcs))
-        for seed in range(3)
+        for seed in range(SEEDS)
         for source, variant, labels in LADDER
         for ipc in ([None] if source == "all_real" else sorted(problem.ipcs, reverse=True))
     ]
@@ -240,12 +242,12 @@ def students(problem: Problem) -> list[Case]:
     ]
 
 
-def ablations(problem: Problem, ipc: int | None = None, seeds: int = 1) -> list[Case]:
-    """A set for each line of `ABLATIONS` and a student for each kind of labels; by default of the second number of images."""
-    ipc = ipc or sorted(problem.ipcs)[1]
+def ablations(problem: Problem) -> list[Case]:
+    """A set for each line of `ABLATIONS` and a student for each kind of labels, at the second number of images."""
+    ipc = sorted(problem.ipcs)[1]
     return [
         _ablation(problem, variant, labels, ipc, seed)
-        for seed in range(seeds)
+        for seed in range(SEEDS)
         for variant in ABLATIONS
         for labels in variant.labels
     ]

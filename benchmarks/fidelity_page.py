@@ -126,7 +126,7 @@ def students_block(problem: Problem) -> str:
 
 def ablations_block(problem: Problem) -> str:
     """A row a variant of which something is kept, against the first."""
-    cases = fidelity_cases.ablations(problem, seeds=3)
+    cases = fidelity_cases.ablations(problem)
     rungs = gathered(cases, "heldout")
     if not rungs:
         return ""
