@@ -210,10 +210,11 @@ def plan(config: SynthesisConfig, classes: Sequence[int], counts: Sequence[int] 
 def deal(shares: Sequence[int], count: int) -> list[int]:
     """Which of several parts each of `count` images belongs to, in proportion to `shares`, so that the first of them alone are
     in proportion too: each goes to the part that is furthest behind."""
-    dealt, parts = [0] * len(shares), []
-    for i in range(count):
-        part = max(range(len(shares)), key=lambda j: shares[j] * (i + 1) - dealt[j] * sum(shares))
-        dealt[part] += 1
+    parts, behind = [], [0] * len(shares)  # by how many images, times the sum of the shares
+    for _ in range(count):
+        behind = [lag + share for lag, share in zip(behind, shares)]
+        part = behind.index(max(behind))
+        behind[part] -= sum(shares)
         parts.append(part)
     return parts
 

@@ -338,7 +338,7 @@ def record(
     names = list(class_names) if class_names is not None else [str(k) for k in range(num_classes)]
     if len(names) != num_classes:
         raise InputError(f"class_names has {len(names)} entries, num_classes is {num_classes}")
-    if subclasses < 1 or subclasses > 1 and iter(loader) is loader:
+    if subclasses < 1 or subclasses > 1 and isinstance(loader, Iterator):
         raise InputError(
             "subclasses must be at least 1, and for more than that the loader is gone through twice, as a DataLoader or a list "
             f"can be: got {subclasses} of a {type(loader).__name__}"

@@ -67,7 +67,9 @@ class UnitMaker:
         self.source = Source.of(teacher, statistics, config)
         self.counts = self.source.counts(config)
         self._rows = self.source.target_rows(config, self.counts)
-        self.units = [in_runs(unit, self._rows) for unit in plan(config, range(len(self.counts)), self.counts)]
+        self.units = plan(config, range(len(self.counts)), self.counts)
+        if self.source.has_subclasses(config):
+            self.units = [in_runs(unit, self._rows) for unit in self.units]
         self.backend = backends.resolve(backend, device.type)
         self.more_sources = [Source.of(*more, config) for more in more_teachers]
         for number, other in enumerate(self.more_sources, start=2):
@@ -277,9 +279,13 @@ class Source:
             if mine != its:
                 raise InputError(f"teacher {number} does not go with the first: its {what} are {its}, expected {mine}")
 
+    def has_subclasses(self, config: SynthesisConfig) -> bool:
+        """Whether the images of a class are matched to the statistics of its sub-classes."""
+        return config.targets == "class" and self.statistics.row_classes is not None
+
     def check_no_subclasses(self, other: Source, config: SynthesisConfig) -> None:
         """InputError where one of two teachers has sub-classes that the other knows nothing of."""
-        if config.targets == "class" and any(s.statistics.row_classes is not None for s in (self, other)):
+        if self.has_subclasses(config) or other.has_subclasses(config):
             raise InputError(
                 "sub-classes are of one teacher's features, and images of several teachers have one group each: record the "
                 "statistics of all of them without sub-classes"
@@ -297,7 +303,7 @@ class Source:
     def target_rows(self, config: SynthesisConfig, counts: Sequence[int]) -> list[list[int]]:
         """The row of the statistics that each image of each class is matched to: the class's, or those of its sub-classes in
         proportion to the private images that they have."""
-        if config.targets != "class" or self.statistics.row_classes is None:
+        if not self.has_subclasses(config):
             return [[row] * count for row, count in zip(self.rows, counts)]
         of_class = [self.statistics.rows(k) for k in self.rows]
         shares = [self.statistics.images[rows].tolist() for rows in of_class]
