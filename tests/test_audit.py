@@ -123,6 +123,37 @@ def test_statistics_of_another_teacher_are_refused(tmp_path):
         prepare(private, synthetic, heldout, out=tmp_path, **SETTINGS | {"teacher": other, "statistics": statistics})
 
 
+def test_a_part_that_is_kept_is_made_once(context):
+    made, drawn = [], torch.rand(3, 2, dtype=torch.float64)
+
+    def make():
+        made.append(list(context.scratch("first").iterdir()))
+        return {"drawn": drawn, "count": torch.tensor(3)}
+
+    for _ in range(2):
+        part = context.kept("first", "noised-low bits", make)
+        assert part["drawn"].equal(drawn) and part["count"] == 3 and set(part) == {"drawn", "count"}
+    assert made == [[]]  # called once, when there was no file yet
+    assert [path.name for path in context.scratch("first").iterdir()] == ["noised-low-bits.safetensors"]
+    context.kept("first", "another", make)
+    context.kept("second", "another", make)
+    assert len(made) == 3
+
+
+def test_a_part_is_kept_whole_or_not_at_all(context, monkeypatch):
+    def stopped(*_):
+        raise RuntimeError("the power is off")
+
+    part = {"drawn": torch.rand(3)}
+    with pytest.raises(RuntimeError, match="power"):
+        context.kept("first", "part", stopped)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power"):
+        patch.setattr("bnfuse.files.os.replace", stopped)  # all is written, but not in its place
+        context.kept("first", "part", lambda: part)
+    assert list(context.scratch("first").iterdir()) == []
+    assert context.kept("first", "part", lambda: part)["drawn"].equal(part["drawn"])
+
+
 # ---- findings ----
 
 

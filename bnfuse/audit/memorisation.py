@@ -11,14 +11,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..datasets import ArrayDataset
 from ..errors import InputError
-from ..files import write_atomically
 from .context import ARMS, Context
 from .findings import Control, Figure, Finding, Picture, Row
 from .intervals import clopper_pearson
@@ -304,11 +302,9 @@ def _part(context: Context, config: Config, arm: str, attack: str, step: Callabl
     right, bits : int64 [], of bits; of correlated values instead `correlation` float64 [] and `values` int64 []
     honest_… : the same of a network in which nothing is hidden
     """
-    path = context.scratch(NAME) / f"{arm}-{attack.replace(' ', '-')}.safetensors"
-    if not path.exists():
-        write_atomically(path, safetensors.torch.save(_attacked(context, config, arm, attack)))
+    part = context.kept(NAME, f"{arm}-{attack}", lambda: _attacked(context, config, arm, attack))
     step()
-    return safetensors.torch.load_file(path)
+    return part
 
 
 def _attacked(context: Context, config: Config, arm: str, attack: str) -> dict[str, Tensor]:
@@ -354,12 +350,13 @@ def _attacked(context: Context, config: Config, arm: str, attack: str) -> dict[s
 
 def _honest(context: Context, config: Config, arm: str, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """The state of a network in which nothing is hidden: trained, or found from an earlier run."""
-    path = context.scratch(NAME) / f"{arm}-honest.safetensors"
-    if not path.exists():
+
+    def make() -> dict[str, Tensor]:
         network = _network(context, context.seed_for(NAME, "network"))
         train(network, inputs, labels, config, context.rng(NAME, "batches", arm, "honest"))
-        write_atomically(path, safetensors.torch.save({name: part.cpu() for name, part in network.state_dict().items()}))
-    return safetensors.torch.load_file(path)
+        return network.state_dict()
+
+    return context.kept(NAME, f"{arm}-honest", make)
 
 
 def _hidden(data: ArrayDataset, chosen: Tensor, config: Config, attack: str, room: int) -> Tensor:
