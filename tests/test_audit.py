@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 
 import audit_measures as made_up
@@ -13,7 +14,7 @@ import torch
 
 import bnfuse
 from bnfuse import InputError, Teacher
-from bnfuse.audit import ARMS, MEASURES, Control, Figure, Finding, Row
+from bnfuse.audit import ARMS, MEASURES, Control, Figure, Finding, Row, measure
 from bnfuse.audit.context import Context, prepare
 from bnfuse.audit.findings import not_run
 from bnfuse.audit.intervals import bootstrap, clopper_pearson
@@ -256,6 +257,18 @@ def test_a_second_run_makes_nothing_again_unless_its_inputs_changed(measures, tm
 
     bnfuse.audit(private, synthetic, heldout, tmp_path, measures=["first"], seed=1)
     assert measures == ["first", "second"] * 2 + ["first"]
+
+
+def test_findings_are_made_again_if_any_source_of_the_audit_has_changed(measures, monkeypatch, tmp_path):
+    sources = shutil.copytree(measure.PACKAGE, tmp_path / "sources")
+    monkeypatch.setattr(measure, "PACKAGE", sources)
+    for _ in range(2):
+        bnfuse.audit(*datasets(), tmp_path / "out")
+    assert measures == ["first", "second"]
+    helper = sources / "nearest.py"
+    helper.write_text(helper.read_text() + "# changed")
+    bnfuse.audit(*datasets(), tmp_path / "out")
+    assert measures == ["first", "second"] * 2
 
 
 def test_every_input_is_part_of_the_key(context):

@@ -38,6 +38,7 @@ MEASURES = {
     "membership": "bnfuse.audit.membership",
     "tracing": "bnfuse.audit.tracing",
 }
+PACKAGE = Path(__file__).parent
 NEEDS = {
     "heldout": "real images that the synthetic ones were not made from (--heldout)",
     "teacher": "the network that the synthetic images were made with (--teacher)",
@@ -145,9 +146,10 @@ def inputs_key(context: Context) -> str:
 
 
 def _measure_key(context: Context, module: ModuleType, config) -> str:
-    """The key of one measure's finding: the audit's inputs, and the measure as it is written."""
-    source = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
-    return hashlib.sha256(json.dumps([context.key, repr(config), source]).encode()).hexdigest()
+    """The key of one measure's finding: the audit's inputs, and the measure as it is written, with all that it may use here."""
+    files = {Path(module.__file__), *PACKAGE.glob("*.py")}
+    sources = sorted((path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files)
+    return hashlib.sha256(json.dumps([context.key, repr(config), sources]).encode()).hexdigest()
 
 
 def digest(data: ArrayDataset) -> str:
