@@ -35,6 +35,8 @@ constexpr int64_t VECTOR_BYTES = 16;
 #endif
 
 constexpr int64_t TILE_SIZE = 4096;      // elements of a tile at most
+constexpr int64_t APART = 96;            // elements between buffers, which would share lines of the first-level cache if they lay
+                                         // a power of two apart: half the speed, wherever the stack happens to be so
 constexpr int64_t BACKWARD_TILE = 4096;  // of a tile in the walk over planes; a multiple of 8: tiles share no mask byte
 constexpr int64_t FORWARD_TILE = 1024;   // the same, where reading and writing take turns: so often that neither has to wait
 constexpr int64_t PIVOT_ROWS = 8;        // of an item, whose mean its moments are taken about
@@ -174,10 +176,10 @@ BNFUSE_INLINE void store_vector(typename VectorOf<A>::type v, A* x) {
   memcpy(x, &v, sizeof(v));
 }
 
-// Elements from x to the next multiple of a vector, at least one.
+// Elements from x to the first that a vector is aligned to.
 template <typename A>
 BNFUSE_INLINE int64_t to_alignment(const A* x) {
-  return LANES<A> - int64_t(reinterpret_cast<uintptr_t>(x) / sizeof(A)) % LANES<A>;
+  return -int64_t(reinterpret_cast<uintptr_t>(x) / sizeof(A)) & (LANES<A> - 1);
 }
 
 // Every other lane of a and then of b: the first, third, … or the second, fourth, …
@@ -332,24 +334,31 @@ struct Span {
     q = q0 + q1;
   }
 
-  // mean and m2 [rows] of x [rows, n], rows ≤ LANES; both have room for LANES.
-  void moments(const A* x, int64_t rows, double* __restrict mean, double* __restrict m2) const {
+  // pivots [rows] near the means of x [rows, n]; rows ≤ LANES, and there is room for LANES.
+  void find_pivots(const A* x, int64_t rows, A* pivots) const {
+    Vector lanes[LANES];
+    for (int64_t r = 0; r < rows; ++r) lanes[r] = sum(x + r * n);
+    sum_rows<A>(lanes, rows, pivots);
+    for (int64_t r = 0; r < LANES; ++r) pivots[r] *= A(share);
+  }
+
+  // mean and m2 [rows] of x [rows, n] about the pivots that were found; there is room for LANES.
+  void moments(const A* x, int64_t rows, const A* __restrict pivots, double* __restrict mean, double* __restrict m2) const {
     Vector s_lanes[LANES], q_lanes[LANES];
-    A pivot[LANES], s[LANES], q[LANES];
-    for (int64_t r = 0; r < rows; ++r) s_lanes[r] = sum(x + r * n);
-    sum_rows<A>(s_lanes, rows, pivot);
-    for (int64_t r = 0; r < LANES; ++r) pivot[r] *= A(share);
-    for (int64_t r = 0; r < rows; ++r) sums_about(x + r * n, pivot[r], s_lanes[r], q_lanes[r]);
+    A s[LANES], q[LANES];
+    for (int64_t r = 0; r < rows; ++r) sums_about(x + r * n, pivots[r], s_lanes[r], q_lanes[r]);
     sum_rows<A>(s_lanes, rows, s);
     sum_rows<A>(q_lanes, rows, q);
     int64_t finite = 1;  // as wide as a double, for the loop to vectorise
-    for (int64_t r = 0; r < LANES; ++r) {
+    const auto finish = [&](int64_t r) __attribute__((always_inline)) {
       const double off = double(s[r]) / double(n);  // not s·share: where all are alike, m2 is 0 to the last bit
-      mean[r] = double(pivot[r]) + off;
+      mean[r] = double(pivots[r]) + off;
       m2[r] = double(q[r]) - double(s[r]) * off;
       m2[r] = m2[r] < 0 ? 0 : m2[r];  // rounding alone makes it negative; NaN stays
       finite &= is_finite(m2[r]);
-    }
+    };
+    if (rows == 1) finish(0);
+    else for (int64_t r = 0; r < LANES; ++r) finish(r);
     if (finite) return;
     for (int64_t r = 0; r < rows; ++r)
       if (!is_finite(m2[r])) exact_moments(x + r * n, n, mean[r], m2[r]);
@@ -392,7 +401,7 @@ void gather(A* __restrict values, Columns columns) {
 
 template <typename A>
 struct ColumnBuffer {
-  alignas(64) A values[COLUMN_TILE];
+  alignas(64) A values[COLUMN_TILE + APART];
 
   template <typename Function>
   BNFUSE_INLINE void fill(Columns columns, const Function& value) {
@@ -404,11 +413,11 @@ struct ColumnBuffer {
 // The moments of an item's columns, about a pivot near their mean, in S.
 template <typename S>
 struct ColumnMoments {
-  alignas(64) S pivot[COLUMN_TILE];
-  alignas(64) S s[COLUMN_TILE];  // Σ(x − pivot), of the last rows
-  alignas(64) S q[COLUMN_TILE];  // Σ(x − pivot)², of the last rows
-  alignas(64) S settled_s[COLUMN_TILE];
-  alignas(64) S settled_q[COLUMN_TILE];
+  alignas(64) S pivot[COLUMN_TILE + APART];
+  alignas(64) S s[COLUMN_TILE + APART];  // Σ(x − pivot), of the last rows
+  alignas(64) S q[COLUMN_TILE + APART];  // Σ(x − pivot)², of the last rows
+  alignas(64) S settled_s[COLUMN_TILE + APART];
+  alignas(64) S settled_q[COLUMN_TILE + APART];
   int64_t rows;  // the last ones
   bool trusted[COLUMN_TILE];     // of a channel, see finish
 
@@ -577,7 +586,7 @@ void apply(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape shape, Coef
     const bool vectors = shape.width >= LANES<A>;
     const int64_t begin = vectors ? to_alignment(y_row) : 0;
     const int64_t end = vectors ? begin + (shape.width - begin) / LANES<A> * LANES<A> : shape.width;
-    if (vectors) apply_vector(0);
+    if (begin > 0) apply_vector(0);
 #pragma GCC ivdep
     for (int64_t i = begin; i < end; ++i) apply_element(i);
     if (end < shape.width) apply_vector(shape.width - LANES<A>);
@@ -647,9 +656,9 @@ struct ForwardTile {
   using Function = std::conditional_t<SAME, ApplyFunction<A>, AddAndApplyFunction<A>>;
   const Forward& f;
   Function function;
-  alignas(64) A x_buffer[TILE_SIZE];
-  alignas(64) A residual_buffer[TILE_SIZE];
-  alignas(64) A y_buffer[TILE_SIZE];
+  alignas(64) A x_buffer[TILE_SIZE + APART];
+  alignas(64) A residual_buffer[TILE_SIZE + APART];
+  alignas(64) A y_buffer[TILE_SIZE + APART];
   uint8_t flags[TILE_SIZE];
 
   explicit ForwardTile(const Forward& f) : f(f), function(f.residual ? select<true>(f.act) : select<false>(f.act)) {}
@@ -759,6 +768,41 @@ BackwardFunction<A> select_backward_at_once(Act act) {
   }
 }
 
+// The same where act' comes from the mask, and dz is wanted for the residual.
+template <typename A, bool SAME>
+void masked_backward_at_once(Tile<const A> dy, Tile<const A> x, Shape shape, const uint8_t* flags, Coefficients<A> coefficients,
+                             A below, Tile<A> dz, Tile<A> dx) {
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    const A *x_row = x.data + r * x.stride, *dy_row = dy.data + r * dy.stride;
+    const uint8_t* flags_row = flags + r * shape.width;
+    A *dz_row = dz.data + r * dz.stride, *dx_row = dx.data + r * dx.stride;  // dx_row may be dy_row, as above
+    const A scale_r = coefficients.scale[SAME ? r : 0], mean_r = coefficients.mean[SAME ? r : 0];
+    const A a_r = coefficients.dmean[SAME ? r : 0], b_r = coefficients.dvar[SAME ? r : 0];
+    const auto element = [&](int64_t i, A dy_i) __attribute__((always_inline)) {
+      const A scale = SAME ? scale_r : coefficients.scale[i], mean = SAME ? mean_r : coefficients.mean[i];
+      const A a = SAME ? a_r : coefficients.dmean[i], b = SAME ? b_r : coefficients.dvar[i];
+      const A dz_i = (flags_row[i] ? A(1) : below) * dy_i;
+      dz_row[i] = dz_i;
+      dx_row[i] = scale * dz_i + (a + b * (x_row[i] - mean));
+    };
+    const auto vector = [&](int64_t begin, const A* dy) __attribute__((always_inline)) {
+#pragma GCC ivdep
+#pragma GCC unroll 1
+      for (int64_t i = 0; i < LANES<A>; ++i) element(begin + i, dy[i]);
+    };
+    if (shape.width < LANES<A>) {
+      for (int64_t i = 0; i < shape.width; ++i) element(i, dy_row[i]);
+      continue;
+    }
+    // The last vector once more where the row ends amid it, from what dy was there before.
+    A last[LANES<A>];
+    store_vector<A>(load_vector(dy_row + shape.width - LANES<A>), last);
+    int64_t i = 0;
+    for (; i + LANES<A> <= shape.width; i += LANES<A>) vector(i, dy_row + i);
+    if (i < shape.width) vector(shape.width - LANES<A>, last);
+  }
+}
+
 // An absent dvar must not touch x: 0·inf would be NaN.
 template <typename A, bool DY, bool DVAR, bool SAME>
 void combine(Tile<const A> dz, Tile<const A> x, Shape shape, Coefficients<A> coefficients, Tile<A> dx) {
@@ -783,11 +827,11 @@ struct BackwardTile {
   const Backward& f;
   DeriveFunction<A> derive;
   BackwardFunction<A> at_once;  // or null
-  alignas(64) A x_buffer[TILE_SIZE];
-  alignas(64) A dy_buffer[TILE_SIZE];
-  alignas(64) A residual_buffer[TILE_SIZE];
-  alignas(64) A dz_buffer[TILE_SIZE];
-  alignas(64) A dx_buffer[TILE_SIZE];
+  alignas(64) A x_buffer[TILE_SIZE + APART];
+  alignas(64) A dy_buffer[TILE_SIZE + APART];
+  alignas(64) A residual_buffer[TILE_SIZE + APART];
+  alignas(64) A dz_buffer[TILE_SIZE + APART];
+  alignas(64) A dx_buffer[TILE_SIZE + APART];
   uint8_t flags[TILE_SIZE];
 
   explicit BackwardTile(const Backward& f)
@@ -803,6 +847,16 @@ struct BackwardTile {
     const Tile<A> dx = target(out, stride, shape, dx_buffer);
     if (at_once) {
       at_once(load(static_cast<const T*>(f.dy) + at, stride, shape, dy_buffer), x, shape, coefficients, A(f.slope), dx);
+      store(dx, out, stride, shape);
+      return;
+    }
+    if (f.dy && f.dvar && f.mask && f.dresidual) {
+      T* dresidual = static_cast<T*>(f.dresidual) + at;
+      const Tile<A> dz = target(dresidual, stride, shape, dz_buffer);
+      const Tile<const A> dy = load(static_cast<const T*>(f.dy) + at, stride, shape, dy_buffer);
+      unpack_tile(mask, shape, flags);
+      masked_backward_at_once<A, SAME>(dy, x, shape, flags, coefficients, A(lower_slope(f.act, f.slope)), dz, dx);
+      store(dz, dresidual, stride, shape);
       store(dx, out, stride, shape);
       return;
     }
@@ -867,7 +921,7 @@ void forward_planes_of(const Forward& f, const PlaneWalk& walk, int64_t begin, i
   const int64_t width = f.plane_size < FORWARD_TILE ? f.plane_size : FORWARD_TILE;
   const int64_t most = FORWARD_TILE / width < LANES<A> ? FORWARD_TILE / width : LANES<A>;
   const Span<A> whole_tile(width), last_tile((f.plane_size - 1) % FORWARD_TILE + 1);
-  A scale[LANES<A>], shift[LANES<A>];  // of each row of a tile
+  A scale[LANES<A>], shift[LANES<A>], pivots[LANES<A>];  // of each row of a tile
   double mean[LANES<A>], m2[LANES<A>], piece_mean[LANES<A>], piece_m2[LANES<A>];
   const Coefficients<A> coefficients{scale, shift, nullptr, nullptr, nullptr};
 
@@ -889,14 +943,15 @@ void forward_planes_of(const Forward& f, const PlaneWalk& walk, int64_t begin, i
         const int64_t at = plane * f.plane_size + i, bytes = mask_bytes(f.plane_size);
         const Tile<const A> x = forward_tile.load_x(at, f.plane_size, shape);
         const Span<A>& span = shape.width == whole_tile.n ? whole_tile : last_tile;
-        span.moments(x.data, rows, piece_mean, piece_m2);
+        const MaskTile mask{f.mask ? f.mask + plane * bytes + i / 8 : nullptr, shape.width, 0, bytes};
+        span.find_pivots(x.data, rows, pivots);
+        if (f.y) forward_tile(x, at, f.plane_size, shape, coefficients, mask);  // meanwhile the pivots' last additions end
+        span.moments(x.data, rows, pivots, piece_mean, piece_m2);
         const MergeWeights weights = merge_weights(double(i), double(shape.width));
         for (int64_t r = 0; r < rows; ++r) {
           if (i == 0) mean[r] = m2[r] = 0;
           merge_moments(mean[r], m2[r], piece_mean[r], piece_m2[r], weights);
         }
-        const MaskTile mask{f.mask ? f.mask + plane * bytes + i / 8 : nullptr, shape.width, 0, bytes};
-        if (f.y) forward_tile(x, at, f.plane_size, shape, coefficients, mask);
       }
       moments.add(mean, m2, rows);
     }
