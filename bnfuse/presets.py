@@ -53,6 +53,16 @@ _QUANTISATION = {
     "site_reduction": "mean",
 }
 
+# ZeroQ's steps on pixels, which other projects that quantise without data take over.
+_ZEROQ_STEPS = {
+    "batch_size": 64,
+    "iterations": 500,
+    "lr": 0.5,
+    "betas": (0.9, 0.999),
+    "schedule": "constant",
+    "clip": False,
+}
+
 PRESETS: dict[str, Preset] = {
     "soufleri": Preset(
         "arXiv 2210.03205, this package's own",
@@ -169,12 +179,7 @@ PRESETS: dict[str, Preset] = {
             "targets": "running",
             "groups": "sample",
             "class_plan": "balanced",
-            "batch_size": 64,
-            "iterations": 500,
-            "lr": 0.5,
-            "betas": (0.9, 0.999),
-            "schedule": "constant",
-            "clip": False,
+            **_ZEROQ_STEPS,
             "noise_scale": 0.0136,
             "ce_weight": 0.0,
             "distance": "l2_squared",
@@ -192,17 +197,7 @@ PRESETS: dict[str, Preset] = {
     "intraq": Preset(
         "arXiv 2111.09136, zysxmu/IntraQ",
         "the margins between features, and soft targets drawn at random: cross-entropy takes their place; the plateau schedule",
-        {
-            **_QUANTISATION,
-            "batch_size": 256,
-            "iterations": 1000,
-            "lr": 0.5,
-            "betas": (0.9, 0.999),
-            "schedule": "constant",
-            "clip": False,
-            "flip": True,
-            "crop_scale": 0.4,
-        },
+        {**_QUANTISATION, **_ZEROQ_STEPS, "batch_size": 256, "iterations": 1000, "flip": True, "crop_scale": 0.4},
     ),
     "fast_datafree": Preset(
         "arXiv 2112.06253, zju-vipa/Fast-Datafree (CIFAR)",
@@ -256,12 +251,7 @@ PRESETS: dict[str, Preset] = {
             "targets": "running",
             "groups": "sample",
             "class_plan": "balanced",
-            "batch_size": 64,
-            "iterations": 500,
-            "lr": 0.5,
-            "betas": (0.9, 0.999),
-            "schedule": "constant",
-            "clip": False,
+            **_ZEROQ_STEPS,
             "ce_weight": 0.0,
             "distance": "hinge",
             "slack": 0.1,
