@@ -81,13 +81,19 @@ def curves_block(problem: Problem) -> str:
     if (split := split_shown(cases)) is None:
         return ""
     rungs = gathered(cases, split)
+    return "\n\n".join((f"## {problem.title}", *ladder(problem, rungs, split), details(rungs)))
+
+
+def ladder(problem: Problem, rungs: dict[Rung, Seeds], split: str) -> list[str]:
+    """On what the curves were measured, and the accuracies."""
     ipcs = sorted({ipc for _, _, ipc, _ in rungs if ipc is not None})
     rows = [["the student learns from", "labels", *(f"{ipc} a class" for ipc in ipcs), "all"]]
-    for _, arm, labels in ((None, variant or source, labels) for source, variant, labels in fidelity_cases.LADDER):
+    for source, name, labels in fidelity_cases.LADDER:
+        arm = name or source
         cells = [rungs.get((arm, labels, ipc, problem.student)) for ipc in (*ipcs, None)]
         if any(cells):
             rows.append([ARMS[arm], LABELS[labels], *(cell.accuracy_text if cell else "" for cell in cells)])
-    return "\n\n".join((f"## {problem.title}", _about(problem, rungs, split), markdown(rows), details(rungs)))
+    return [_about(problem, rungs, split), markdown(rows)]
 
 
 def details(rungs: dict[Rung, Seeds]) -> str:
@@ -239,11 +245,8 @@ def draw(curves: dict[str, dict[Rung, Seeds]], path: Path) -> None:
 
 
 def write_report() -> None:
-    drawn = {}
-    for name, problem in PROBLEMS.items():
-        cases = fidelity_cases.curves(problem)
-        if split := split_shown(cases):
-            drawn[name] = gathered(cases, split)
+    cases = {name: fidelity_cases.curves(problem) for name, problem in PROBLEMS.items()}
+    drawn = {name: gathered(of, split) for name, of in cases.items() if (split := split_shown(of))}
     curves = [curves_block(problem) for problem in PROBLEMS.values()]
     if drawn:
         draw(drawn, PICTURE)
