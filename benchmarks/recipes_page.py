@@ -1,6 +1,8 @@
-"""docs/recipes.md: each recipe's settings, and beside them what has been measured with it.
+"""docs/recipes.md: each recipe's settings, and beside them what has been measured with it. Measures nothing.
 
-python benchmarks/recipes_page.py     # the page once more, from `bnfuse/recipes.py` and benchmarks/results
+    python benchmarks/recipes_page.py
+
+writes the page once more, from `bnfuse/recipes.py` and benchmarks/results.
 """
 
 from __future__ import annotations
@@ -8,6 +10,9 @@ from __future__ import annotations
 import json
 import textwrap
 
+import fidelity_cases
+import fidelity_page
+from fidelity_page import gathered, ladder
 from report import ROOT, markdown, write_block
 from results_file import RESULTS
 
@@ -53,6 +58,10 @@ def measured(name: str) -> list[str]:
     parts = [] if result is None else _of_recipe(name, result)
     if name == "digits" and (demo := _result("demo")) is not None:
         parts += _of_demo(demo)
+    for problem in fidelity_cases.PROBLEMS.values():
+        cases = fidelity_cases.curves(problem)
+        if problem.recipe == name and (split := fidelity_page.split_shown(cases)):
+            parts += [f"**{problem.title}** ([more](fidelity.md)).", *ladder(problem, gathered(cases, split), split)]
     return parts
 
 

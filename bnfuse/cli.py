@@ -325,6 +325,13 @@ def _add_synthesize(commands) -> None:
         "--tensorboard", type=Path, metavar="FOLDER", help="write losses, learning rate and pace for TensorBoard"
     )
     _add_more_teachers(parser)
+    parser.add_argument(
+        "--judge",
+        metavar="MODEL",
+        help="another network, with the teacher's classes or the dataset's, that says at the end how many images it takes for "
+        "what was asked; it has no part in making them",
+    )
+    parser.add_argument("--judge-weights", metavar="FILE|NAME", help="its weights")
     _add_listing(parser, "--list-presets", presets.listing, "--preset")
     _add_listing(parser, "--list-recipes", recipes.listing, "--recipe")
     add_flags(parser, SynthesisConfig)
@@ -333,6 +340,7 @@ def _add_synthesize(commands) -> None:
 def _synthesize(args) -> None:
     config = _synthesis_config(given_flags(SynthesisConfig, args))
     teacher = _load_teacher(args)
+    judge = _load_judge(args, teacher)
     statistics = None if args.statistics is None else ClassStatistics.load(args.statistics)
     result = synthesize(
         teacher,
@@ -357,7 +365,19 @@ def _synthesize(args) -> None:
     print(f"{result.images} images, {result.made} made now{rate}: {result.out / 'images'}")
     share = recognised(teacher, statistics, result.out, config, micro_batch=args.micro_batch)
     print(f"the teacher takes {share:.1%} of them for what was asked")
+    if judge is not None:
+        share = recognised(teacher, statistics, result.out, config, micro_batch=args.micro_batch, judge=judge)
+        print(f"the judge ({judge.architecture}) takes {share:.1%} of them for it")
     print(f"look at {result.out / 'contact_sheet.png'}; train on it with `bnfuse train --data {result.out}`")
+
+
+def _load_judge(args, teacher: Teacher) -> Teacher | None:
+    """On the device; it is shown images as its weights say, else as the teacher is."""
+    if args.judge is None:
+        return None
+    judge = load_teacher(args.judge, weights=args.judge_weights, default_preprocessing=teacher.preprocessing)
+    judge.model.to(_device(args))
+    return judge
 
 
 def _synthesis_config(given: dict[str, object]) -> SynthesisConfig:

@@ -200,16 +200,27 @@ def recognised(
     config: SynthesisConfig,
     *,
     micro_batch: int | None = None,
+    judge: Teacher | None = None,
 ) -> float:
-    """The fraction of a finished dataset's images, as stored, that the teacher takes for what was asked of them."""
-    source = Source.of(teacher, statistics, config)
-    data = load_dataset(str(out))
-    device = next(teacher.model.parameters()).device
-    wanted = source.outputs(torch.tensor(source.rows))[data.labels]  # int64 [N]
+    """The fraction of a finished dataset's images, as stored, that a network takes for what was asked of them.
+
+    It is the teacher, or another: `judge`, which is shown them at its own size. Its output for a class is that of the same
+    name; where it has no such names the teacher's, of as many outputs; else it has the dataset's classes in their order.
+    """
+    source, network = Source.of(teacher, statistics, config), judge or teacher
+    outputs = source.outputs(torch.tensor(source.rows))  # [K]
+    if judge is not None and judge.class_names is not None and set(source.names) <= set(judge.class_names):
+        outputs = torch.tensor([judge.class_names.index(name) for name in source.names])
+    elif network.num_classes != teacher.num_classes:
+        outputs = torch.tensor(network.outputs_for(source.names) or range(len(source.names)))
+    preprocessing = network.preprocessing
+    data = load_dataset(str(out), image_size=preprocessing.image_size, channels=preprocessing.channels)
+    device = next(network.model.parameters()).device
+    wanted = outputs[data.labels]  # int64 [N]
     right = 0
     for part in torch.arange(len(data)).split(micro_batch or config.batch_size):
         images, _ = data.batch(part)
-        logits = teacher.model(teacher.preprocessing.normalize(images.to(device)))
+        logits = network.model(preprocessing.normalize(images.to(device)))
         right += int((logits.argmax(1).cpu() == wanted[part]).sum())
     return right / len(data)
 
