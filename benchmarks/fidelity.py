@@ -3,7 +3,7 @@
     python benchmarks/fidelity.py curves cifar10 --split test     # accuracy against images per class, beside the ladder
     python benchmarks/fidelity.py students cifar10 --split test   # the same images, students of other kinds
     python benchmarks/fidelity.py ablations cifar10               # a line of fidelity_ablations.py each; on held-out images
-    python benchmarks/fidelity.py report                          # docs/fidelity.md and its picture, from what is kept
+    python benchmarks/fidelity.py report                          # docs/fidelity.md, its picture, docs/recipes.md: what is kept
 
 Choices are made on the held-out part of the training images, which neither the statistics nor any student has seen (--split
 heldout, the default); the test images are for what is reported at last (--split test). Each case leaves its own file in
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import fidelity_cases
 import fidelity_page
+import recipes_page
 import torch
 from fidelity_cases import PROBLEMS, SPLITS, Case
 from fidelity_runs import Busy, Workshop
@@ -33,9 +34,11 @@ WAIT_SECONDS = 5.0  # before asking again whether another process has made what 
 def work(workshop: Workshop, cases: list[Case], split: str, command: str) -> None:
     """Measures every case of which nothing is kept; those that wait for another process come last."""
     left = cases
-    while left := [case for case in left if case.kept(split) is None]:
+    while left:
         waiting = []
         for case in left:
+            if case.kept_at(split).is_file():
+                continue
             started = time.monotonic()
             try:
                 workshop.measure(case, split, command)
@@ -94,6 +97,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.command == "report":
         fidelity_page.write_report()
+        recipes_page.write_page()
         return 0
     cases = chosen(args)
     if args.list:

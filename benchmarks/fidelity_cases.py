@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fidelity_ablations import ABLATIONS, BASES, Variant
@@ -21,6 +21,7 @@ from bnfuse.recipes import RECIPES
 KEPT = RESULTS / "fidelity"
 SPLITS = ("heldout", "test")
 LABELS = ("hard", "soft", "views")  # the classes'; the teacher's logits of each image; its logits of each augmented view
+VIEWS = 100  # passes that are labelled at most; a student with more epochs begins again with the first
 NETWORKS = Path(__file__).with_name("fidelity_networks.py")
 STUDENTS = {  # how a result calls a student, and how `bnfuse train --model` does
     "resnet20": "resnet20",
@@ -61,6 +62,11 @@ class Problem:
     @property
     def ipcs(self) -> list[int]:
         return [ipc for ipc in self.steps if ipc is not None]
+
+    @property
+    def facts(self) -> list:
+        """What decides teachers and statistics."""
+        return [self.name, self.train, self.heldout, self.teacher, self.weights, self.teacher_training]
 
 
 PROBLEMS = {
@@ -172,10 +178,9 @@ class Case:
 
     @property
     def key(self) -> str:
-        p = self.problem
-        where = (p.name, p.train, p.heldout, p.teacher, p.weights, None if p.weights else p.teacher_training)
-        facts = (self.source, self.labels, self.ipc, self.student, self.training, self.steps, self.seed)
-        return digest([where, facts, self.made and self.made.key])
+        facts = [self.source, self.labels, self.ipc, self.student, self.training, self.steps, self.seed]
+        views = VIEWS if self.labels == "views" else None
+        return digest([self.problem.facts, facts, views, self.made and self.made.key])
 
     @property
     def label(self) -> str:
@@ -254,6 +259,7 @@ def ablations(problem: Problem) -> list[Case]:
 
 
 def _case(problem: Problem, source, variant: str | None, labels, ipc, student, seed, images: int) -> Case:
+    """With the shipped recipe; `images` of each class are made where the source is synthetic."""
     recipe, made = RECIPES[problem.recipe], None
     if variant is not None:
         synthesis = _without(recipe.synthesis, "images_per_class") | ({"targets": "global"} if variant == "global" else {})
@@ -263,16 +269,10 @@ def _case(problem: Problem, source, variant: str | None, labels, ipc, student, s
 
 
 def _ablation(problem: Problem, variant: Variant, labels: str, ipc: int, seed: int) -> Case:
-    base = _case(problem, "synthetic", "recipe", labels, ipc, problem.student, seed, ipc)
-    made = ImageSet(
-        variant.name,
-        BASES[problem.recipe] | variant.synthesis,
-        variant.images or ipc,
-        variant.record,
-        variant.micro_batch,
-        variant.teachers,
-    )
-    return replace(base, made=made, training=base.training | variant.training)
+    base, images = BASES[problem.recipe], max(variant.images, ipc)
+    synthesis, training = base.synthesis | variant.synthesis, base.training | variant.training
+    made = ImageSet(variant.name, synthesis, images, variant.record, variant.micro_batch, variant.teachers)
+    return Case(problem, "synthetic", labels, ipc, problem.student, training, seed, made)
 
 
 def _without(fields: dict, *names: str) -> dict:

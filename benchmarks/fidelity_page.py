@@ -88,7 +88,8 @@ def ladder(problem: Problem, rungs: dict[Rung, Seeds], split: str) -> list[str]:
     """On what the curves were measured, and the accuracies."""
     ipcs = sorted({ipc for _, _, ipc, _ in rungs if ipc is not None})
     rows = [["the student learns from", "labels", *(f"{ipc} a class" for ipc in ipcs), "all"]]
-    for _, arm, labels in ((None, variant or source, labels) for source, variant, labels in fidelity_cases.LADDER):
+    for source, name, labels in fidelity_cases.LADDER:
+        arm = name or source
         cells = [rungs.get((arm, labels, ipc, problem.student)) for ipc in (*ipcs, None)]
         if any(cells):
             rows.append([ARMS[arm], LABELS[labels], *(cell.accuracy_text if cell else "" for cell in cells)])
@@ -244,11 +245,8 @@ def draw(curves: dict[str, dict[Rung, Seeds]], path: Path) -> None:
 
 
 def write_report() -> None:
-    drawn = {}
-    for name, problem in PROBLEMS.items():
-        cases = fidelity_cases.curves(problem)
-        if split := split_shown(cases):
-            drawn[name] = gathered(cases, split)
+    cases = {name: fidelity_cases.curves(problem) for name, problem in PROBLEMS.items()}
+    drawn = {name: gathered(of, split) for name, of in cases.items() if (split := split_shown(of))}
     curves = [curves_block(problem) for problem in PROBLEMS.values()]
     if drawn:
         draw(drawn, PICTURE)

@@ -11,14 +11,14 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from fidelity_cases import STUDENTS, Case, ImageSet, Problem, digest
+from fidelity_cases import STUDENTS, VIEWS, Case, ImageSet, Problem, digest
 from fidelity_measures import diversity, figures, logits_of
 from results_file import write_result
 from torch import Generator, Tensor, nn
@@ -40,11 +40,18 @@ from bnfuse.store import ImageRecord, Store
 from bnfuse.synthesis import synthesize
 from bnfuse.training import TrainConfig, train
 
-VIEWS = 100  # passes that are labelled at most; a student with more epochs begins again with the first
-
 
 class Busy(Exception):
     """Another process is making what is needed."""
+
+
+def once(path: Path, make: Callable[[], object]) -> Path:
+    """Calls `make`, which writes `path` as the last thing it does, unless it is there. Raises Busy."""
+    if not path.is_file():
+        with claimed(path):
+            if not path.is_file():  # another process may just have made it
+                make()
+    return path
 
 
 @contextmanager
@@ -76,6 +83,9 @@ class Workshop:
     problem: Problem
     folder: Path
     device: torch.device
+
+    def __post_init__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     # ---- real images ----
 
@@ -114,54 +124,43 @@ class Workshop:
 
     def _trained_teacher(self, name: str) -> Teacher:
         config = TrainConfig(model=STUDENTS.get(name, name), eval_every=0, **self.problem.teacher_training)
-        out = self.folder / "teachers" / f"{name}-{digest([self.problem.heldout, self.problem.teacher_training])}"
+        out = self.folder / "teachers" / f"{name}-{digest(self.problem.facts)}"
         preprocessing = None if name == self.problem.teacher else self.teacher.preprocessing
-        model, preprocessing, _ = self._trained(out, self.real, config, preprocessing)
+        model, preprocessing, _ = self._trained(out, lambda: (self.real, {}), config, preprocessing)
         return Teacher(freeze(model), config.model, self.real.num_classes, preprocessing, self.real.class_names)
 
     def statistics(self, teacher: Teacher, arguments: dict) -> ClassStatistics:
-        path = self.folder / "statistics" / f"{digest([teacher.fingerprint, self.problem.heldout, arguments])}.safetensors"
-        if not path.is_file():
-            with claimed(path):
-                found = record(
-                    teacher,
-                    DataLoader(self.real, batch_size=256),
-                    self.real.num_classes,
-                    class_names=self.real.class_names,
-                    dataset=self.real.name,
-                    **arguments,
-                )
-                found.save(path)
-        return ClassStatistics.load(path)
+        """Of the teacher on what is not held out; `arguments` of `bnfuse.record`."""
+
+        def make() -> None:
+            real = self.real
+            loader, about = DataLoader(real, batch_size=256), dict(class_names=real.class_names, dataset=real.name)
+            record(teacher, loader, real.num_classes, **about, **arguments).save(path)
+
+        path = self.folder / "statistics" / f"{digest([self.problem.facts, teacher.fingerprint, arguments])}.safetensors"
+        return ClassStatistics.load(once(path, make))
 
     # ---- images to learn from ----
 
     def synthetic(self, wanted: ImageSet) -> tuple[ArrayDataset, float]:
         """The set, and the seconds that it took."""
-        out = self.folder / "sets" / wanted.key
-        facts = out.with_name(f"{out.name}.json")
-        known = json.loads(facts.read_text()) if facts.is_file() else {"seconds": 0.0, "complete": False}
-        if not known["complete"]:
+
+        def make() -> None:
             config = SynthesisConfig(**wanted.synthesis, images_per_class=wanted.images, seed=wanted.seed)
             teachers = [self.teacher, *(self._trained_teacher(name) for name in wanted.teachers)]
-            teachers = [(teacher, self.statistics(teacher, wanted.record)) for teacher in teachers]
-            with claimed(out):
-                started = time.monotonic()
-                try:
-                    synthesize(
-                        *teachers[0],
-                        out,
-                        config,
-                        device=self.device,
-                        micro_batch=wanted.micro_batch,
-                        more_teachers=teachers[1:],
-                        progress=False,
-                    )
-                    known["complete"] = True
-                finally:
-                    known["seconds"] += time.monotonic() - started
-                    write_atomically(facts, json.dumps(known).encode())
-        return load_dataset(str(out)).in_memory(), known["seconds"]
+            first, *more = [(teacher, self.statistics(teacher, wanted.record)) for teacher in teachers]
+            options = dict(device=self.device, micro_batch=wanted.micro_batch, more_teachers=more, progress=False)
+            started, before = time.monotonic(), float(spent.read_text()) if spent.is_file() else 0.0
+            try:
+                synthesize(*first, out, config, **options)
+            finally:
+                write_atomically(spent, str(before + time.monotonic() - started).encode())
+            write_atomically(done, spent.read_bytes())
+
+        out = self.folder / "sets" / digest([self.problem.facts, wanted.key])
+        spent, done = (out.with_name(f"{out.name}.{what}") for what in ("spent", "seconds"))
+        seconds = float(once(done, make).read_text())
+        return load_dataset(str(out)).in_memory(), seconds
 
     def images(self, case: Case) -> tuple[ArrayDataset, float]:
         """What the case's student learns from, with hard labels, and the seconds that it took to make."""
@@ -189,37 +188,44 @@ class Workshop:
             eval_every=0,
             **case.training,
         )
-        out = self.folder / "students" / case.key
-        if case.labels == "views" and not _is_trained(out):
-            with claimed(out), tempfile.TemporaryDirectory(dir=self.folder) as views:
-                images, labels = self._labelled_views(images, config, Path(views) / "images")
-                self._train(out, images, config, self.teacher.preprocessing, labels=labels)
-        soft = case.labels == "soft"
-        if soft:
-            logits = logits_of(self.teacher.model, self.teacher.preprocessing, images, self.device)
+        out, preprocessing = self.folder / "students" / case.key, self.teacher.preprocessing
+        if case.labels == "views":
+            with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+                views = lambda: self._labelled_views(images, config, Path(folder) / "images")
+                return self._trained(out, views, config, preprocessing)
+        options = {}
+        if case.labels == "soft":
+            options["soft_labels"] = True
+            logits = logits_of(self.teacher.model, preprocessing, images, self.device)
             images = ArrayDataset(images.images, images.labels, images.class_names, name=images.name, soft_labels=logits)
-        return self._trained(out, images, config, self.teacher.preprocessing, soft_labels=soft)
+        return self._trained(out, lambda: (images, options), config, preprocessing)
 
-    def _labelled_views(self, images: ArrayDataset, config: TrainConfig, folder: Path) -> tuple[ArrayDataset, Labels]:
-        """The images as a store, and the teacher's logits of views of them, augmented as the student's would be."""
+    def _labelled_views(self, images: ArrayDataset, config: TrainConfig, folder: Path) -> tuple[ArrayDataset, dict]:
+        """The images as a store, and the teacher's logits of views of them: the student's crops and flips."""
         write_store(images, folder)
         augmentation = {name: getattr(config, name) for name in ("crop_scale", "flip", "mixup", "cutmix", "batch_size")}
         asked = RelabelConfig(views=min(config.epochs, VIEWS), seed=config.seed, **augmentation)
         relabel(folder, self.teacher, asked, device=self.device, progress=False)
-        return load_dataset(str(folder)).in_memory(), Labels(folder / "relabel")
+        return load_dataset(str(folder)).in_memory(), {"labels": Labels(folder / "relabel")}
 
-    def _trained(self, out: Path, images: ArrayDataset, config: TrainConfig, preprocessing: Preprocessing | None, **options):
-        """(model in eval mode, its preprocessing, seconds), read from `out`, where it is trained if it is not there."""
-        if not _is_trained(out):
-            with claimed(out):
-                self._train(out, images, config, preprocessing, **options)
+    def _trained(
+        self,
+        out: Path,
+        learnt: Callable[[], tuple[ArrayDataset, dict]],
+        config: TrainConfig,
+        preprocessing: Preprocessing | None,
+    ) -> tuple[nn.Module, Preprocessing, float]:
+        """(model in eval mode, its preprocessing, seconds) from `out`, where it learns what `learnt` returns, once: images, and
+        options of `train`."""
+
+        def make() -> None:
+            images, options = learnt()
+            train(images, config, preprocessing=preprocessing, out=out, device=self.device, progress=False, **options)
+
+        metrics = once(out / "metrics.json", make)  # which `train` writes last
         weights = out / "model.safetensors"
-        model = build_model(config.model, images.num_classes, images.image_shape[0], str(weights))
-        seconds = json.loads((out / "metrics.json").read_text())["seconds"]
-        return model.to(self.device).eval(), read_facts(weights).preprocessing, seconds
-
-    def _train(self, out: Path, images: ArrayDataset, config: TrainConfig, preprocessing: Preprocessing | None, **options):
-        train(images, config, preprocessing=preprocessing, out=out, device=self.device, progress=False, **options)
+        model = build_model(config.model, self.real.num_classes, self.real.image_shape[0], str(weights))
+        return model.to(self.device).eval(), read_facts(weights).preprocessing, json.loads(metrics.read_text())["seconds"]
 
     # ---- the whole ----
 
@@ -273,11 +279,6 @@ def write_store(images: ArrayDataset, folder: Path) -> None:
     with Store.open(folder, card={}, class_names=images.class_names, counts=counts) as store:
         store.commit(0, images.images.permute(0, 3, 1, 2), records)
         store.finish()
-
-
-def _is_trained(out: Path) -> bool:
-    """metrics.json is written last."""
-    return (out / "metrics.json").is_file()
 
 
 def _load(spec: str) -> ArrayDataset:
