@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 
 import audit_measures as made_up
@@ -13,7 +14,7 @@ import torch
 
 import bnfuse
 from bnfuse import InputError, Teacher
-from bnfuse.audit import ARMS, MEASURES, Control, Figure, Finding, Row
+from bnfuse.audit import ARMS, MEASURES, Control, Figure, Finding, Row, measure
 from bnfuse.audit.context import Context, prepare
 from bnfuse.audit.findings import not_run
 from bnfuse.audit.intervals import bootstrap, clopper_pearson
@@ -123,6 +124,37 @@ def test_statistics_of_another_teacher_are_refused(tmp_path):
         prepare(private, synthetic, heldout, out=tmp_path, **SETTINGS | {"teacher": other, "statistics": statistics})
 
 
+def test_a_part_that_is_kept_is_made_once(context):
+    made, drawn = [], torch.rand(3, 2, dtype=torch.float64)
+
+    def make():
+        made.append(list(context.scratch("first").iterdir()))
+        return {"drawn": drawn, "count": torch.tensor(3)}
+
+    for _ in range(2):
+        part = context.kept("first", "noised-low bits", make)
+        assert part["drawn"].equal(drawn) and part["count"] == 3 and set(part) == {"drawn", "count"}
+    assert made == [[]]  # called once, when there was no file yet
+    assert [path.name for path in context.scratch("first").iterdir()] == ["noised-low-bits.safetensors"]
+    context.kept("first", "another", make)
+    context.kept("second", "another", make)
+    assert len(made) == 3
+
+
+def test_a_part_is_kept_whole_or_not_at_all(context, monkeypatch):
+    def stopped(*_):
+        raise RuntimeError("the power is off")
+
+    part = {"drawn": torch.rand(3)}
+    with pytest.raises(RuntimeError, match="power"):
+        context.kept("first", "part", stopped)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power"):
+        patch.setattr("bnfuse.files.os.replace", stopped)  # all is written, but not in its place
+        context.kept("first", "part", lambda: part)
+    assert list(context.scratch("first").iterdir()) == []
+    assert context.kept("first", "part", lambda: part)["drawn"].equal(part["drawn"])
+
+
 # ---- findings ----
 
 
@@ -227,6 +259,18 @@ def test_a_second_run_makes_nothing_again_unless_its_inputs_changed(measures, tm
     assert measures == ["first", "second"] * 2 + ["first"]
 
 
+def test_findings_are_made_again_if_any_source_of_the_audit_has_changed(measures, monkeypatch, tmp_path):
+    sources = shutil.copytree(measure.PACKAGE, tmp_path / "sources")
+    monkeypatch.setattr(measure, "PACKAGE", sources)
+    for _ in range(2):
+        bnfuse.audit(*datasets(), tmp_path / "out")
+    assert measures == ["first", "second"]
+    helper = sources / "nearest.py"
+    helper.write_text(helper.read_text() + "# changed")
+    bnfuse.audit(*datasets(), tmp_path / "out")
+    assert measures == ["first", "second"] * 2
+
+
 def test_every_input_is_part_of_the_key(context):
     pixel = context.synthetic.images.clone()
     pixel[0, 0, 0, 0] ^= 1
@@ -234,6 +278,7 @@ def test_every_input_is_part_of_the_key(context):
     loader = torch.utils.data.DataLoader(context.private, batch_size=40)
     one = teacher()
     other = dataclasses.replace(one, model=freeze(build_model("resnet8", 4)))
+    recorded = bnfuse.record(one, loader, 4, allow_few_images=True)
     changes = [
         {},
         {"synthetic": ArrayDataset(pixel, context.synthetic.labels)},
@@ -245,7 +290,8 @@ def test_every_input_is_part_of_the_key(context):
         {"seed": 1},
         {"teacher": one},
         {"teacher": other},
-        {"teacher": one, "statistics": bnfuse.record(one, loader, 4, allow_few_images=True)},
+        {"teacher": one, "statistics": recorded},
+        {"teacher": one, "statistics": dataclasses.replace(recorded, outputs=[1, 0, 2, 3])},
     ]
     keys = [inputs_key(dataclasses.replace(context, **change)) for change in changes]
     assert len(set(keys)) == len(changes) and inputs_key(context) == keys[0]

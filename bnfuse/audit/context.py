@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import safetensors.torch
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from ..datasets import ArrayDataset, ImageDataset
 from ..errors import InputError
-from ..files import atomic_path
+from ..files import atomic_path, write_atomically
 from ..models import Teacher
 from ..seeds import derive_seed
 from ..statistics import ClassStatistics
@@ -90,11 +93,29 @@ class Context:
     def scratch(self, name: str) -> Path:
         """A folder for the parts of a long measure, which another run finds again if its inputs are the same.
 
-        Write a part atomically (`files.write_atomically`), so that a killed run leaves none that is torn.
+        Parts that are tensors go through `kept`; write any other atomically (`files.write_atomically`), so that a killed run
+        leaves none that is torn.
         """
         folder = self.out / "scratch" / f"{name}-{self.key[:12]}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def kept(self, measure: str, part: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """A part of a long measure: made now and kept in its `scratch` folder, or found there from an earlier run.
+
+        Parameters
+        ----------
+        measure, part : name the file, which is there whole or not at all
+        make : called where there is no such file; its tensors are contiguous
+
+        Returns
+        -------
+        what `make` returned, read from the file either way, so on the CPU
+        """
+        path = self.scratch(measure) / f"{part.replace(' ', '-')}.safetensors"
+        if not path.exists():
+            write_atomically(path, safetensors.torch.save(make()))
+        return safetensors.torch.load_file(path)
 
     def picture(self, name: str, picture: Image.Image | Figure, caption: str) -> Picture:
         """Writes pictures/NAME.png. `name` begins with the measure's; `picture` is Pillow's or a matplotlib figure."""

@@ -22,13 +22,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
 from ..card import versions
 from ..datasets import ArrayDataset
 from ..errors import InputError
 from ..files import write_atomically
-from ..statistics import ClassStatistics
 from .context import Context
 from .findings import Finding, not_run
 
@@ -41,6 +38,7 @@ MEASURES = {
     "membership": "bnfuse.audit.membership",
     "tracing": "bnfuse.audit.tracing",
 }
+PACKAGE = Path(__file__).parent
 NEEDS = {
     "heldout": "real images that the synthetic ones were not made from (--heldout)",
     "teacher": "the network that the synthetic images were made with (--teacher)",
@@ -132,12 +130,13 @@ def _stored(context: Context, name: str) -> Finding | None:
 
 def inputs_key(context: Context) -> str:
     """sha256 over all that every finding depends on: datasets, teacher, statistics, noise, budget, seed and versions."""
+    statistics = context.statistics
     parts = {
         "private": digest(context.private),
         "synthetic": digest(context.synthetic),
         "heldout": None if context.heldout is None else digest(context.heldout),
         "teacher": None if context.teacher is None else context.teacher.fingerprint,
-        "statistics": None if context.statistics is None else statistics_digest(context.statistics),
+        "statistics": None if statistics is None else [statistics.digest(), statistics.outputs],
         "noise": context.noise,
         "budget": context.budget,
         "seed": context.seed,
@@ -147,9 +146,10 @@ def inputs_key(context: Context) -> str:
 
 
 def _measure_key(context: Context, module: ModuleType, config) -> str:
-    """The key of one measure's finding: the audit's inputs, and the measure as it is written."""
-    source = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
-    return hashlib.sha256(json.dumps([context.key, repr(config), source]).encode()).hexdigest()
+    """The key of one measure's finding: the audit's inputs, and the measure as it is written, with all that it may use here."""
+    files = {Path(module.__file__), *PACKAGE.glob("*.py")}
+    sources = sorted((path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files)
+    return hashlib.sha256(json.dumps([context.key, repr(config), sources]).encode()).hexdigest()
 
 
 def digest(data: ArrayDataset) -> str:
@@ -157,15 +157,4 @@ def digest(data: ArrayDataset) -> str:
     sha256 = hashlib.sha256(json.dumps([list(data.images.shape), data.class_names]).encode())
     sha256.update(data.images.contiguous().numpy())
     sha256.update(data.labels.contiguous().numpy())
-    return sha256.hexdigest()
-
-
-def statistics_digest(statistics: ClassStatistics) -> str:
-    """sha256 over all moments, and what they belong to."""
-    sha256 = hashlib.sha256(json.dumps([statistics.teacher, statistics.images.tolist(), statistics.outputs]).encode())
-    for name in statistics.sites:
-        site = statistics.sites[name]
-        for tensor in (site.count, site.mean, site.m2):
-            sha256.update(name.encode())
-            sha256.update(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
     return sha256.hexdigest()

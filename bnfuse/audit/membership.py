@@ -13,13 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from matplotlib.figure import Figure as Plot
 from torch import Tensor
 
 from ..datasets import ArrayDataset
-from ..files import write_atomically
 from ..plans import SynthesisConfig
 from ..training import TrainConfig, TrainResult
 from .canaries import Canaries, Guesses, epsilon_lower_bound, guess
@@ -170,17 +168,18 @@ class _Parts:
     """Networks, each trained once: what is kept of one are its confidences, in a file of its own, for a rerun to find."""
 
     def __init__(self, context: Context, done: Callable[[], None]):
-        self.context, self.folder, self.done = context, context.scratch(NAME), done
+        self.context, self.done = context, done
 
     def confidences(self, name: str, make: Callable[[Path], TrainResult], **asked: ArrayDataset) -> dict[str, Tensor]:
         """float64 [N] for each dataset asked about; `make(folder)` trains the network, with a folder for temporary files."""
-        path = self.folder / f"{name}.safetensors"
-        if not path.exists():
-            trained = make(self.folder)
-            found = {key: confidence(trained, data, self.context.device) for key, data in asked.items()}
-            write_atomically(path, safetensors.torch.save(found))
+
+        def learnt() -> dict[str, Tensor]:
+            trained = make(self.context.scratch(NAME))
+            return {key: confidence(trained, data, self.context.device) for key, data in asked.items()}
+
+        found = self.context.kept(NAME, name, learnt)
         self.done()
-        return safetensors.torch.load_file(path)
+        return found
 
 
 # ---- tier 1: the published images ----

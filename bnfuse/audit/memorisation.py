@@ -11,28 +11,24 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..datasets import ArrayDataset
 from ..errors import InputError
-from ..files import write_atomically
 from .context import ARMS, Context
 from .findings import Control, Figure, Finding, Picture, Row
 from .intervals import clopper_pearson
 from .recovery import (
     BOUNDS,
     DOES_NOT_BOUND,
-    GAIN,
-    LEVEL,
-    NEAREST,
+    NOTE,
     Comparison,
     compared,
     conclude,
     heldout_baseline,
-    median,
+    heldout_row,
     sentence,
     sheet,
 )
@@ -93,9 +89,7 @@ def run(context: Context, config: Config) -> Finding:
         if arm == "original":
             reading = "private images read out of the network"
         rows.append(Row(arm, _figures(context, arm, parts[arm], comparisons[arm]), reading))
-    name = f"{LSB}: {NEAREST}"
-    baseline = median(name, heldout, context.rng(NAME, "intervals"), unit="dB", better="lower")
-    rows.append(Row("held-out", [baseline], "never hidden: as near as real images are anyway"))
+    rows.append(heldout_row(LSB, heldout, context.rng(NAME, "intervals"), "never hidden"))
     return Finding(
         NAME,
         TITLE,
@@ -111,8 +105,7 @@ def run(context: Context, config: Config) -> Finding:
             "normalisation. Accuracy is on the held-out images; the honest network is the same one without anything hidden.",
             "Correlated values hide no bits but the pixels themselves, so the figure is a correlation. Every other attack "
             "hides bits under a keystream, so that chance is one half.",
-            f"Nearer to private images than held-out ones means: by Mann and Whitney's test at {100 * LEVEL:g} % over all "
-            f"attacks. A leak is that, and nearer by {GAIN:g} dB than the synthetic images are.",
+            NOTE,
         ],
     )
 
@@ -304,11 +297,9 @@ def _part(context: Context, config: Config, arm: str, attack: str, step: Callabl
     right, bits : int64 [], of bits; of correlated values instead `correlation` float64 [] and `values` int64 []
     honest_… : the same of a network in which nothing is hidden
     """
-    path = context.scratch(NAME) / f"{arm}-{attack.replace(' ', '-')}.safetensors"
-    if not path.exists():
-        write_atomically(path, safetensors.torch.save(_attacked(context, config, arm, attack)))
+    part = context.kept(NAME, f"{arm}-{attack}", lambda: _attacked(context, config, arm, attack))
     step()
-    return safetensors.torch.load_file(path)
+    return part
 
 
 def _attacked(context: Context, config: Config, arm: str, attack: str) -> dict[str, Tensor]:
@@ -354,12 +345,13 @@ def _attacked(context: Context, config: Config, arm: str, attack: str) -> dict[s
 
 def _honest(context: Context, config: Config, arm: str, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """The state of a network in which nothing is hidden: trained, or found from an earlier run."""
-    path = context.scratch(NAME) / f"{arm}-honest.safetensors"
-    if not path.exists():
+
+    def make() -> dict[str, Tensor]:
         network = _network(context, context.seed_for(NAME, "network"))
         train(network, inputs, labels, config, context.rng(NAME, "batches", arm, "honest"))
-        write_atomically(path, safetensors.torch.save({name: part.cpu() for name, part in network.state_dict().items()}))
-    return safetensors.torch.load_file(path)
+        return network.state_dict()
+
+    return context.kept(NAME, f"{arm}-honest", make)
 
 
 def _hidden(data: ArrayDataset, chosen: Tensor, config: Config, attack: str, room: int) -> Tensor:

@@ -16,7 +16,7 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 from .context import Context
-from .findings import DIAGNOSTIC, LEAK, NO_LEAK, Figure
+from .findings import DIAGNOSTIC, LEAK, NO_LEAK, Figure, Row
 from .intervals import bootstrap
 from .nearest import nearest
 from .similarity import METRICS, compare
@@ -35,6 +35,10 @@ DOES_NOT_BOUND = (
     "What the synthetic images themselves give away: nothing here looks for what the recorded statistics put into them. "
     "Membership inference and tracing do. Recovering a synthetic image is no leak; that this attack recovers nothing else is "
     "no proof that the synthetic images are private."
+)
+NOTE = (
+    f"Nearer to private images than held-out ones means: by Mann and Whitney's test at {100 * LEVEL:g} % over all attacks. A "
+    f"leak is that, and nearer by {GAIN:g} dB than the synthetic images are."
 )
 
 
@@ -112,6 +116,12 @@ def heldout_baseline(context: Context, count: int, *words: str) -> Tensor:
     heldout = context.heldout
     drawn = torch.randperm(len(heldout), generator=context.rng(*words, "held-out"))[:count]
     return nearest_private(context, heldout.batch(drawn)[0])[0]
+
+
+def heldout_row(attack: str, heldout: Tensor, rng: torch.Generator, untouched: str) -> Row:
+    """The baseline beside an attack's first figure of the arms; `untouched` says what was not done to these images."""
+    figure = median(f"{attack}: {NEAREST}", heldout, rng, unit="dB", better="lower")
+    return Row("held-out", [figure], f"{untouched}: as near as real images are anyway")
 
 
 def median(name: str, values: Tensor, rng: torch.Generator, **more) -> Figure:
