@@ -70,7 +70,7 @@ ABLATIONS = (
     Variant("global targets", "targets", {"targets": "global"}),
     Variant("running targets", "targets", {"targets": "running"}),
     Variant("half global", "targets", {"global_share": 0.5}),
-    # iterations: what more patience buys; first, since it says whether the rest is converged
+    # iterations
     Variant("iterations ÷ 2", "iterations", {"iterations": 100, "low_resolution_iterations": 100}),
     Variant("iterations × 3", "iterations", {"iterations": 600, "low_resolution_iterations": 600}),
     Variant("no half-size stage", "iterations", {"iterations": 250, "low_resolution_iterations": 0}),

@@ -218,7 +218,7 @@ def draw(curves: dict[str, dict[Rung, Seeds]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, len(curves), figsize=(5.5 * len(curves), 4.6), squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(1, len(curves), figsize=(5.5 * len(curves), 5.2), squeeze=False, layout="constrained")
     for panel, (name, rungs) in zip(panels[0], curves.items()):
         for (arm, labels), (colour, line) in STYLES.items():
             points = [(rung[2], seeds) for rung, seeds in rungs.items() if rung[:2] == (arm, labels)]
@@ -238,7 +238,7 @@ def draw(curves: dict[str, dict[Rung, Seeds]], path: Path) -> None:
         panel.minorticks_off()
         panel.grid(True, color="#e5e5e5")
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False, fontsize=7)
+        panel.legend(frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

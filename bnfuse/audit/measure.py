@@ -35,6 +35,7 @@ MEASURES = {
     "neighbours": "bnfuse.audit.neighbours",
     "gradients": "bnfuse.audit.gradients",
     "memorisation": "bnfuse.audit.memorisation",
+    "gan": "bnfuse.audit.gan",
     "membership": "bnfuse.audit.membership",
     "tracing": "bnfuse.audit.tracing",
 }
