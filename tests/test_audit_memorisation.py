@@ -77,6 +77,16 @@ def test_the_penalties_are_those_of_the_paper():
     assert m.read_values(torch.linspace(-3, 1, 256), 256)[[0, 255]].tolist() == [0, 255]
 
 
+def test_chance_is_wider_where_neighbours_are_alike():
+    rng = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(1001, generator=rng, dtype=torch.float64) for _ in range(2))
+    rolled = torch.stack([m.correlation(a, b.roll(shift)) for shift in range(len(b))])
+    assert m.shifted_deviation(a, b) == pytest.approx(rolled.std().item(), rel=1e-9)
+    assert m.shifted_deviation(a, b) == pytest.approx(len(a) ** -0.5, rel=0.1)
+    smooth = [v.unfold(0, 20, 1).mean(1) for v in (a, b)]
+    assert m.shifted_deviation(*smooth) > 2 * len(a) ** -0.5
+
+
 # ---- the measure ----
 
 

@@ -259,6 +259,15 @@ def correlation(vector: Tensor, values: Tensor) -> Tensor:
     return (a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12)
 
 
+def shifted_deviation(a: Tensor, b: Tensor) -> float:
+    """Standard deviation of the correlation of two vectors over all shifts of one along the other, end to end: what chance gives.
+
+    More than 1/√n, where neighbours in both are alike, as pixels are, and as weights of one filter may be.
+    """
+    a, b = ((v - v.mean()) / (v - v.mean()).norm() for v in (a.double(), b.double()))
+    return torch.fft.irfft(torch.fft.rfft(a) * torch.fft.rfft(b).conj(), len(a)).std().item()
+
+
 def read_values(vector: Tensor, length: int) -> Tensor:
     """The first weights on a scale from 0 to 255, uint8 [length]: all but the outermost per cent at either end fit in."""
     values = vector.detach()[:length].double().cpu()
@@ -294,7 +303,7 @@ def _part(context: Context, config: Config, arm: str, attack: str, step: Callabl
     -------
     decoded, truth : float32 [n, C, H, W] in [0, 1], what was read out and what was hidden
     accuracy : float64 [], on the held-out images
-    right, bits : int64 [], of bits; of correlated values instead `correlation` float64 [] and `values` int64 []
+    right, bits : int64 [], of bits; of correlated values instead `correlation` float64 []
     honest_… : the same of a network in which nothing is hidden
     """
     part = context.kept(NAME, f"{arm}-{attack}", lambda: _attacked(context, config, arm, attack))
@@ -371,7 +380,7 @@ def _result(
     result = {"decoded": _floats(decoded), "truth": _floats(hidden), "accuracy": _accuracy(context, network)}
     if attack == CORRELATED:
         reached = correlation(decoded.flatten().double(), hidden.flatten().double())
-        return result | {"correlation": reached, "values": torch.tensor(hidden.numel())}
+        return result | {"correlation": reached}
     return result | {"right": (read == bits).sum(), "bits": torch.tensor(len(bits))}
 
 
@@ -415,7 +424,8 @@ def _controls(parts: dict[str, dict[str, Tensor]]) -> list[Control]:
         controls.append(Control(f"{attack}, originals hidden: bit accuracy", share, "1", share == 1.0))
     for attack, part in parts.items():
         if attack == CORRELATED:
-            value, limit = float(part["honest_correlation"]), CHANCE / math.sqrt(int(part["values"]))
+            read, hidden = (part[f"honest_{name}"].flatten() for name in ("decoded", "truth"))
+            value, limit = float(part["honest_correlation"]), CHANCE * shifted_deviation(read, hidden)
             name, needed, passed = "correlation", f"at most {limit:.3f} off 0", abs(value) <= limit
         else:
             bits = int(part["bits"])
