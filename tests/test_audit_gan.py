@@ -130,13 +130,17 @@ def test_what_cannot_be_dealt_out_is_refused():
         deal(one, 0, 2, torch.Generator())
     with pytest.raises(InputError, match="participants must be 2 or more, an adversary and a victim, got 1"):
         Federation(rounds=1, steps=1, participants=1)
+    with pytest.raises(InputError, match="waits must be fewer than the 3 rounds, or no attack begins, got 3"):
+        Federation(rounds=3, steps=1, waits=3)
 
 
-def test_the_adversary_calls_what_he_generates_by_a_class_of_his_own(context, monkeypatch):
+def test_the_adversary_waits_then_calls_what_he_generates_by_a_class_of_his_own(context, monkeypatch):
     seen, batch = [], federation.Adversary.batch
     monkeypatch.setattr(federation.Adversary, "batch", lambda self: seen.append(batch(self)) or seen[-1])
-    attack(context, TINY.federation, context.private, 3, 4, "labels")
-    images, labels = seen[0]
+    config = dataclasses.replace(TINY.federation, rounds=2, waits=1)
+    attack(context, config, context.private, 3, 4, "labels")
+    (_, waiting), (images, labels) = seen
+    assert len(waiting) == 40 and waiting.max() < 10
     assert len(images) == 40 and (labels == 10).sum() == 8 and (labels[-8:] == 10).all() and 3 not in labels
 
 

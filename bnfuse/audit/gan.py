@@ -67,13 +67,13 @@ BUDGETS = {
     ),
     "standard": Config(
         targets=3,
-        federation=Federation(rounds=150, steps=4, generator_channels=16),
+        federation=Federation(rounds=200, steps=4, waits=100, images=512, fakes=64, generator_channels=16),
         judge=TrainConfig(model="resnet8", epochs=15, batch_size=128, noise=0.05, flip=True, shift=2),
         judge_images=10_000,
     ),
     "full": Config(
         targets=10,
-        federation=Federation(rounds=1000, steps=10, participants=5),
+        federation=Federation(rounds=1000, steps=10, waits=200, images=512, fakes=64, participants=5),
         judge=TrainConfig(model="resnet20", epochs=30, batch_size=128, noise=0.05, flip=True, shift=4),
     ),
 }
