@@ -1,11 +1,12 @@
-"""The README's recipes for CIFAR-10 and ImageNet, run from end to end, and the accuracies that the README quotes.
+"""The recipes for CIFAR-10 and ImageNet (`bnfuse/recipes.py`), run from end to end, and the accuracies that the README
+quotes.
 
     python benchmarks/recipes.py cifar10 --data DIR      # DIR as in BNFUSE_DATA: the lossless images, resnet20-12fca82f.th
     python benchmarks/recipes.py imagenet --data DIR     # mobilenet_v1.py with its weights, and imagenette_1200.zip
 
-Every step is a bnfuse command, printed before it runs. CIFAR-10 takes about half an hour on one core; the students are
-trained alike, with one seed, and tested on real images that were used for nothing else. Figures go to
-benchmarks/results/, with machine, versions and threads.
+Every step is a bnfuse command, printed before it runs. CIFAR-10 takes about half an hour on one core, and so does ImageNet; the
+students are trained alike, with one seed, and tested on real images that were used for nothing else. Figures go to
+benchmarks/results/, with machine, versions and threads, and into docs/recipes.md.
 """
 
 from __future__ import annotations
@@ -13,19 +14,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import re
 import shlex
-import time
 import zipfile
 from pathlib import Path
 
 import torch
+from recipes_page import PAGE, write_page
 from results_file import write_result
 
 from bnfuse.cli import main as bnfuse
+from bnfuse.recipes import RECIPES
 
-STUDENT = "--model resnet20 --epochs 150 --batch-size 32 --lr 0.003 --shift 0 --flip --crop-scale 0.2 --eval-every 0"
+HELD_OUT = 20  # images of each of ImageNet's classes
+NOISE = "--low-resolution-iterations 0 --iterations 1 --bn-weight 0 --ce-weight 0 --tv-weight 0 --no-soft-labels"  # the control
 
 
 def run(command: str) -> str:
@@ -49,40 +53,48 @@ def cifar10(data: Path, runs: Path) -> dict:
     images = "--image-size 32 --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
     teacher = f"--teacher resnet20 --weights {data / 'resnet20-12fca82f.th'} {images}"
     run(f"record {teacher} --data cifar10:train --out {runs}/statistics.safetensors")
-    synthesize = f"synthesize {teacher} --statistics {runs}/statistics.safetensors --images-per-class 50 --batch-size 50"
-    made = run(
-        f"{synthesize} --iterations 200 --low-resolution-iterations 200 --first-site-weight 10 --tv-weight 1 "
-        f"--jitter 2 --flip --soft-labels --out {runs}/synthetic"
-    )
-    run(f"{synthesize} --iterations 1 --bn-weight 0 --ce-weight 0 --out {runs}/noise")
-    figures = {"recognised_by_teacher": percentage(made, "the teacher takes")}
-    for name, options in {
-        "synthetic_hard": f"--data {runs}/synthetic",
-        "synthetic_soft": f"--data {runs}/synthetic --soft-labels",
-        "real_hard": "--data cifar10:train --limit-per-class 50",
-        "noise_hard": f"--data {runs}/noise",
-    }.items():
-        printed = run(f"train {options} --test cifar10:test {images} {STUDENT} --out {runs}/student_{name}")
-        figures[name] = percentage(printed, "accuracy on cifar10:test:")
-    print("\nstudents (resnet20, 50 images a class), accuracy on the 1,017 lossless test images")
-    print("\n".join(f"  {name:22s} {value:5.1f} %" for name, value in figures.items()))
-    return figures
+    return flow("cifar10", teacher, images, "cifar10:train", "cifar10:test", runs)
 
 
 def imagenet(data: Path, runs: Path) -> dict:
-    with zipfile.ZipFile(data / "imagenette_1200.zip") as archive:
-        archive.extractall(runs / "imagenette")
+    private, heldout = split(data / "imagenette_1200.zip", runs / "imagenette")
     teacher = f"--teacher {data / 'mobilenet_v1.py'}:mobilenet_v1 --image-size 224 --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5"
     run(
-        f"record {teacher} --data {runs}/imagenette --outputs 0 217 482 491 497 566 569 571 574 701 "
-        f"--out {runs}/statistics.safetensors"
+        f"record {teacher} --data {private} --outputs 0 217 482 491 497 566 569 571 574 701 --out {runs}/statistics.safetensors"
     )
-    made = run(
-        f"synthesize {teacher} --statistics {runs}/statistics.safetensors --images-per-class 4 --batch-size 4 "
-        f"--iterations 200 --lr 0.2 --bn-weight 0.01 --first-site-weight 1 --tv-weight 0.1 --jitter 32 --flip "
-        f"--out {runs}/synthetic"
-    )
-    return {"recognised_by_teacher": percentage(made, "the teacher takes")}
+    return flow("imagenet", teacher, "--image-size 64 --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5", private, heldout, runs)
+
+
+def split(archive: Path, folder: Path) -> tuple[Path, Path]:
+    """Unpacks the images: of each class the last twenty are for testing, and for nothing else."""
+    parts = folder / "private", folder / "heldout"
+    with zipfile.ZipFile(archive) as packed:
+        files = sorted(name for name in packed.namelist() if name.endswith(".JPEG"))
+        for _, of_class in itertools.groupby(files, key=lambda name: Path(name).parent):
+            of_class = list(of_class)
+            packed.extractall(parts[0], of_class[:-HELD_OUT])
+            packed.extractall(parts[1], of_class[-HELD_OUT:])
+    return parts
+
+
+def flow(recipe: str, teacher: str, images: str, private: str | Path, heldout: str | Path, runs: Path) -> dict:
+    """From recorded statistics to students; `teacher` and `images` are flags, of the network and of what students see."""
+    synthesize = f"synthesize {teacher} --statistics {runs}/statistics.safetensors --recipe {recipe}"
+    made = run(f"{synthesize} --out {runs}/synthetic")
+    run(f"{synthesize} {NOISE} --out {runs}/noise")
+    figures = {"recognised_by_teacher": percentage(made, "the teacher takes")}
+    each = RECIPES[recipe].synthesis["images_per_class"]
+    for name, options in {
+        "synthetic_hard": f"--data {runs}/synthetic --labels hard",
+        "synthetic_soft": f"--data {runs}/synthetic --labels soft",
+        "real_hard": f"--data {private} --labels hard --limit-per-class {each}",
+        "noise_hard": f"--data {runs}/noise --labels hard",
+    }.items():
+        printed = run(f"train --recipe {recipe} {options} --test {heldout} {images} --eval-every 0 --out {runs}/student_{name}")
+        figures[name] = percentage(printed, f"accuracy on {heldout}:")
+    print(f"\nstudents ({each} images a class), accuracy on {heldout}")
+    print("\n".join(f"  {name:22s} {value:5.1f} %" for name, value in figures.items()))
+    return figures
 
 
 def main() -> None:
@@ -97,7 +109,6 @@ def main() -> None:
     if args.data is None or not Path(args.data).is_dir():
         parser.error(f"--data or BNFUSE_DATA must name the folder of the data, got {args.data}")
     torch.set_num_threads(args.threads)
-    started = time.monotonic()
     figures = {"cifar10": cifar10, "imagenet": imagenet}[args.recipe](
         Path(args.data).resolve(), args.runs or Path("runs") / args.recipe
     )
@@ -105,9 +116,9 @@ def main() -> None:
         f"recipe_{args.recipe}",
         f"python benchmarks/recipes.py {args.recipe}",
         percent=figures,
-        seconds=round(time.monotonic() - started),
     )
-    print(f"wrote {path}")
+    write_page()
+    print(f"wrote {path} and {PAGE}")
 
 
 if __name__ == "__main__":

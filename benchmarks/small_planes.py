@@ -1,4 +1,5 @@
-"""One site at planes of 1×1 to 56×56, few channels and many, all of the same size in bytes: none should be slower than another.
+"""One site at planes of 1×1 to 56×56, few channels and many, with a residual and without, all of the same size: none should be
+slower than another.
 
     python benchmarks/small_planes.py [--threads 2]  # prints a table, and leaves results/small_planes.json
     python benchmarks/small_planes.py --quick        # a part of it, in seconds, into results/quick_small_planes.json
@@ -37,12 +38,14 @@ FULL = Extent((1, 2, 4, 7, 8, 14, 28, 56), (3, 8, 16, 512), 2**23, 21)
 QUICK = Extent((1, 7, 56), (3, 64), 2**18, 3)
 
 
-def shares_of_bandwidth(channels: int, side: int, layout: str, extent: Extent, machine: Machine) -> dict[str, float]:
+def shares_of_bandwidth(
+    channels: int, side: int, residual: bool, layout: str, extent: Extent, machine: Machine
+) -> dict[str, float]:
     """By direction, the median of the rounds' shares: bytes that must be moved, over time, over the copy's bandwidth."""
 
     def case_of(elements: int):
         samples = max(2, round(elements / (channels * side * side)))
-        return make_case(Site((samples, channels, side, side), "relu", False), CPU, torch.float32, LAYOUTS[layout])
+        return make_case(Site((samples, channels, side, side), "relu", residual), CPU, torch.float32, LAYOUTS[layout])
 
     checked, case = case_of(VERIFIED_ELEMENTS), case_of(extent.elements)
     ours = lambda case: {OURS: case.functions(compiled=False)[OURS]}
@@ -71,18 +74,21 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     extent, machine = QUICK if arguments.quick else FULL, Machine(CPU)
+    kinds = [(channels, False) for channels in extent.channels] + [(extent.channels[-1], True)]
     shares = [
-        {"plane": side, "channels": channels, "layout": layout} | shares_of_bandwidth(channels, side, layout, extent, machine)
+        {"plane": side, "channels": channels, "residual": residual, "layout": layout}
+        | shares_of_bandwidth(channels, side, residual, layout, extent, machine)
         for layout in LAYOUTS
-        for channels in extent.channels
+        for channels, residual in kinds
         for side in extent.planes
     ]
     rows = [["of copy bandwidth", "channels", *(f"{side}×{side}" for side in extent.planes)]]
     for direction in DIRECTIONS:
         for layout in LAYOUTS:
-            for channels in extent.channels:
-                found = [s[direction] for s in shares if (s["layout"], s["channels"]) == (layout, channels)]
-                rows.append([f"{direction}, {layout}", str(channels), *(f"{share:.0%}" for share in found)])
+            for kind in kinds:
+                found = [s[direction] for s in shares if (s["layout"], (s["channels"], s["residual"])) == (layout, kind)]
+                name = f"{kind[0]}, residual" if kind[1] else str(kind[0])
+                rows.append([f"{direction}, {layout}", name, *(f"{share:.0%}" for share in found)])
     path = write_result(
         "quick_small_planes" if arguments.quick else "small_planes",
         "python benchmarks/small_planes.py" + (" --quick" if arguments.quick else ""),

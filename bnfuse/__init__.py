@@ -23,6 +23,7 @@ from .models import Teacher, freeze, load_teacher
 from .plans import SynthesisConfig
 from .preprocessing import Preprocessing
 from .presets import preset
+from .recipes import recipe
 from .relabelling import RelabelConfig, relabel
 from .repair import repair
 from .statistics import ClassStatistics, record
@@ -51,6 +52,7 @@ __all__ = [
     "load_dataset",
     "load_teacher",
     "preset",
+    "recipe",
     "record",
     "relabel",
     "repair",

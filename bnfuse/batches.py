@@ -120,6 +120,25 @@ def checked_labels(dataset, num_classes: int) -> Tensor:
     return labels
 
 
+SAMPLINGS = ("instance", "class_balanced")
+
+
+def draw_order(labels: Tensor, sampling: str, generator: Generator) -> Tensor:
+    """The images of an epoch in random order, int64 [N] of labels [N]: each once (instance); or (class_balanced) each class as
+    often as any other that is there, to one image, and in a class each image as often as any other, to once."""
+    if sampling == "instance":
+        return torch.randperm(len(labels), generator=generator)
+    present = labels.unique()
+    present = present[torch.randperm(len(present), generator=generator)]  # which of them have one more changes
+    drawn = []
+    for place, k in enumerate(present):
+        members = (labels == k).nonzero().flatten()
+        wanted = len(labels) // len(present) + (place < len(labels) % len(present))
+        turns = math.ceil(wanted / len(members))
+        drawn.append(torch.cat([members[torch.randperm(len(members), generator=generator)] for _ in range(turns)])[:wanted])
+    return torch.cat(drawn)[torch.randperm(len(labels), generator=generator)]
+
+
 def even_batches(count: int, batch_size: int) -> list[slice]:
     """Cut range(count) into batches of about the same size; never one of a single image, which BatchNorm refuses."""
     batches = max(1, min(math.ceil(count / batch_size), count // 2))

@@ -55,6 +55,18 @@ def given_flags(config: type, args: argparse.Namespace) -> dict[str, object]:
     return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
+def flags(fields: dict[str, object]) -> str:
+    """The same fields in the words of the command line: ``--targets running --batch-size 100 --no-clip``."""
+    return " ".join(_flag(name, value) for name, value in fields.items())
+
+
+def _flag(name: str, value: object) -> str:
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return flag if value else "--no-" + flag[2:]
+    return f"{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+
 def _attribute_texts(config: type) -> dict[str, str]:
     """The lines ``name, name : text`` under "Attributes" in a NumPy-style docstring and those of the classes derived from, by
     name."""

@@ -25,7 +25,7 @@ from .files import write_atomically
 from .manifest import is_store
 from .models import load_teacher
 from .pictures import grid, save
-from .plans import SynthesisConfig
+from .recipes import recipe
 from .statistics import record
 from .synthesis import synthesize
 from .training import TrainConfig, train
@@ -35,8 +35,7 @@ from .training import TrainConfig, train
 THREADS = 1
 
 TEACHER = TrainConfig(model="resnet20", epochs=30, batch_size=64, lr=0.01, shift=1)
-SYNTHESIS = SynthesisConfig(images_per_class=100, batch_size=100, iterations=300, first_site_weight=10.0)
-STUDENT = TrainConfig(model="resnet20", epochs=30, batch_size=64, lr=0.01, shift=1, label_smoothing=0.1)
+SYNTHESIS, STUDENT = recipe("digits").synthesis_config(), recipe("digits").train_config()
 
 
 def run_demo(out: str | Path = "runs/demo", *, seed: int = 0) -> dict:

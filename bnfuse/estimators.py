@@ -79,9 +79,8 @@ class SiteEstimator:
             classes, rows = labels, torch.arange(len(labels))
         else:
             classes, rows = labels.unique(return_inverse=True)
-        images = torch.bincount(
-            rows, minlength=len(classes)
-        ).double()  # [k], of each slice: an image, or a class's in the batch
+        # A slice is an image, or a class's images in the batch; there are k of them.
+        images = torch.bincount(rows, minlength=len(classes)).double()  # [k]
         slices = SiteMoments.empty(len(classes), x.shape[1])
         slices.add_batch(x, rows)
         self.whole = self.whole.merge(slices.pooled())

@@ -134,7 +134,8 @@ class Matcher(nn.Module):
 
         Parameters
         ----------
-        classes : the rows of the table, in their order; default all
+        classes : the rows of the statistics that the table has, in their order; default all. Of sub-classes they are what the
+            groups of a batch are matched to by number, see `ClassStatistics.row_classes`
         sites : names of those to match, in their order; default all that were recorded
         global_share : of all classes pooled, beside each class's own; 0.5 in EDC
         global_blend : "targets", mean is blended with mean and variance with variance; or "distances", the loss is blended of
@@ -152,7 +153,7 @@ class Matcher(nn.Module):
             raise InputError(f"global_share must be from 0 to 1, got {global_share}")
         if global_blend not in BLENDS:
             raise InputError(f"global_blend must be one of {', '.join(BLENDS)}, got {global_blend!r}")
-        classes = range(statistics.num_classes) if classes is None else classes
+        classes = range(len(statistics.images)) if classes is None else classes
         blank = torch.zeros(1, sum(channels[name] for name in names)).expand(len(classes) if per_class else 1, -1)
         matcher = cls(names, [channels[name] for name in names], blank, blank, **options)
         if not per_class or global_share:

@@ -16,6 +16,7 @@ import re
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +75,31 @@ class Teacher:
         """`fingerprint` of the model: what statistics recorded with it are held against."""
         return fingerprint(self.model)
 
+    def outputs_for(self, names: Sequence[str], outputs: Sequence[int] | None = None) -> list[int] | None:
+        """The network's output for each class of a dataset; None, class k is output k.
+
+        They are `outputs` where these are given; as many as there are classes; or, of a network of more, those of its classes
+        that have the same names. InputError where none of it tells.
+        """
+        if outputs is not None:
+            outputs = list(outputs)
+            fits = len(outputs) == len(set(outputs)) == len(names) and 0 <= min(outputs) and max(outputs) < self.num_classes
+            if not fits:
+                raise InputError(
+                    f"outputs must name one of the teacher's {self.num_classes} outputs for each of {len(names)} classes, each "
+                    f"once, got {outputs[:10]} ({len(outputs)})"
+                )
+            return None if outputs == list(range(self.num_classes)) else outputs
+        if self.num_classes == len(names):
+            return None
+        known = self.class_names or []
+        if all(known.count(name) == 1 for name in names):
+            return [known.index(name) for name in names]
+        raise InputError(
+            f"{self.architecture} tells {self.num_classes} classes apart and the dataset has {len(names)}: name its output for "
+            "each of them with outputs= (--outputs)"
+        )
+
 
 def load_teacher(
     spec: str | os.PathLike,
@@ -81,6 +107,7 @@ def load_teacher(
     weights: str | os.PathLike | None = None,
     num_classes: int | None = None,
     preprocessing: Preprocessing | None = None,
+    default_preprocessing: Preprocessing | None = None,
 ) -> Teacher:
     """Build a network, load its weights, try it on one image of zeros, freeze and check it.
 
@@ -93,6 +120,7 @@ def load_teacher(
     weights : a file, or the name of a set of weights
     num_classes : logits a sample
     preprocessing : size, mean and std of the images that it expects
+    default_preprocessing : that where it is neither given nor known
 
     Warns
     -----
@@ -115,7 +143,7 @@ def load_teacher(
     else:
         known = WeightFacts()
 
-    preprocessing = preprocessing or known.preprocessing
+    preprocessing = preprocessing or known.preprocessing or default_preprocessing
     if preprocessing is None:
         raise InputError(f"what images {spec} expects is not known from its weights: {PREPROCESSING_FLAGS}")
     kind, _ = _parse_spec(spec)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 
 from . import priors
 from .augment import Augmentation
@@ -19,6 +20,7 @@ from .objective import PRECISIONS
 from .sites import SiteRule
 
 CLASS_PLANS = ("grouped", "balanced")
+CLASS_SHARES = ("equal", "recorded")
 SCHEDULES = ("cosine", "constant")
 
 
@@ -30,11 +32,13 @@ class SynthesisConfig(MatchingConfig):
     Attributes
     ----------
     images_per_class : images of each class
+    class_shares : which classes get how many: images_per_class each (equal), or that on average and each in proportion to its
+        images in the statistics, but one at least (recorded)
     classes : class numbers to synthesise (default all)
     batch_size : images optimised together
     class_plan : which classes share a batch: classes_per_batch of them, until their images are dealt (grouped), or of every
-        class as many as of any other, to one image, in batches of even size (balanced), as SRe2L has one image of each of 100
-        classes
+        class that has images left as many as of any other, to one image, in batches of even size (balanced), as SRe2L has one
+        image of each of 100 classes
     classes_per_batch : classes of a grouped batch, each matched to its own statistics
     iterations : steps at full size
     low_resolution_iterations : steps at half the size before, from which the full size starts
@@ -65,6 +69,7 @@ class SynthesisConfig(MatchingConfig):
     soft_labels : also store the teacher's logits of each image
     seed : seed of everything random
     preset : another project's settings, by name, from which these began, see --list-presets
+    recipe : this package's own for some kind of images, by name, instead, see --list-recipes
 
     Raises
     ------
@@ -72,6 +77,7 @@ class SynthesisConfig(MatchingConfig):
     """
 
     images_per_class: int = 10
+    class_shares: str = "equal"
     classes: tuple[int, ...] | None = None
     batch_size: int = 100
     class_plan: str = "grouped"
@@ -103,6 +109,7 @@ class SynthesisConfig(MatchingConfig):
     soft_labels: bool = False
     seed: int = 0
     preset: str | None = None
+    recipe: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -114,11 +121,16 @@ class SynthesisConfig(MatchingConfig):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
                 raise InputError(f"{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")
+        if self.preset is not None and self.recipe is not None:
+            raise InputError(
+                f"settings begin from one of a preset and a recipe, got both: preset={self.preset!r}, recipe={self.recipe!r}"
+            )
         if not math.isfinite(self.bn_weight):
             raise InputError(f"bn_weight must be finite, got {self.bn_weight}")
         allowed_values = {
             "precision": PRECISIONS,
             "class_plan": CLASS_PLANS,
+            "class_shares": CLASS_SHARES,
             "schedule": SCHEDULES,
             "prior_kind": priors.KINDS,
             "teacher_plan": TEACHER_PLANS,
@@ -184,31 +196,57 @@ class Unit:
     indices: tuple[int, ...]
 
 
-def plan(config: SynthesisConfig, classes: Sequence[int]) -> list[Unit]:
-    """Deals images_per_class images of each class to batches of at most batch_size, as `class_plan` says.
+def plan(config: SynthesisConfig, classes: Sequence[int], counts: Sequence[int] | None = None) -> list[Unit]:
+    """Deals the images of each class to batches of at most batch_size, as `class_plan` says.
 
-    Every image is in one unit; in a unit each class is one run, in the order of `classes`.
+    Every image is in one unit; in a unit each class is one run, in the order of `classes`. `counts` are the images of each,
+    default images_per_class.
     """
-    batches = _balanced(config, classes) if config.class_plan == "balanced" else _grouped(config, classes)
+    counts = [config.images_per_class] * len(classes) if counts is None else counts
+    batches = (_balanced if config.class_plan == "balanced" else _grouped)(config, classes, counts)
     return [Unit(number, *zip(*batch)) for number, batch in enumerate(batches)]
 
 
-def _grouped(config: SynthesisConfig, classes: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+def deal(shares: Sequence[int], count: int) -> list[int]:
+    """Which of several parts each of `count` images belongs to, in proportion to `shares`, so that the first of them alone are
+    in proportion too: each goes to the part that is furthest behind."""
+    parts, behind = [], [0] * len(shares)  # by how many images, times the sum of the shares
+    for _ in range(count):
+        behind = [lag + share for lag, share in zip(behind, shares)]
+        part = behind.index(max(behind))
+        behind[part] -= sum(shares)
+        parts.append(part)
+    return parts
+
+
+def in_runs(unit: Unit, rows: Sequence[Sequence[int]]) -> Unit:
+    """The same images in another order: in a class's run those of a row of targets are one run.
+
+    rows : of each class, and in it of each index
+    """
+    place = {k: i for i, k in enumerate(dict.fromkeys(unit.classes))}
+    images = sorted(zip(unit.classes, unit.indices), key=lambda image: (place[image[0]], rows[image[0]][image[1]], image[1]))
+    return Unit(unit.number, *zip(*images))
+
+
+def _grouped(config: SynthesisConfig, classes: Sequence[int], counts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
     """(class, index) of each image of a batch: classes_per_batch classes, the batch shared out evenly."""
     share = config.batch_size // config.classes_per_batch
     for first in range(0, len(classes), config.classes_per_batch):
-        together = classes[first : first + config.classes_per_batch]
-        for start in range(0, config.images_per_class, share):
-            indices = range(start, min(start + share, config.images_per_class))
-            yield [(k, index) for k in together for index in indices]
+        part = slice(first, first + config.classes_per_batch)
+        together = list(zip(classes[part], counts[part]))
+        for start in range(0, max(counts[part]), share):
+            yield [(k, index) for k, count in together for index in range(start, min(start + share, count))]
 
 
-def _balanced(config: SynthesisConfig, classes: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+def _balanced(config: SynthesisConfig, classes: Sequence[int], counts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
     """(class, index) of each image of a batch. One image of each class, then the next of each: a batch is a stretch of that
-    sequence, so that in it no class has two images more than another. Batches differ by at most one image."""
-    total = config.images_per_class * len(classes)
+    sequence, so that in it no class has two images more than another, as long as it has any. Batches differ by at most one
+    image."""
+    total = sum(counts)
     batches = math.ceil(total / config.batch_size)
     ends = [total * (i + 1) // batches for i in range(batches)]
+    sequence = ((index, place) for index in range(max(counts)) for place, count in enumerate(counts) if index < count)
     for start, end in zip([0, *ends], ends):
-        dealt = [divmod(i, len(classes)) for i in range(start, end)]  # (index, place of the class)
+        dealt = list(islice(sequence, end - start))  # (index, place of the class)
         yield [(classes[place], index) for place, index in sorted((place, index) for index, place in dealt)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .configs import flags
 from .errors import InputError
 from .plans import SynthesisConfig
 
@@ -50,6 +51,16 @@ _QUANTISATION = {
     "first_site_weight": 1.0,
     "distance": "mse",
     "site_reduction": "mean",
+}
+
+# ZeroQ's steps on pixels, which other projects that quantise without data take over.
+_ZEROQ_STEPS = {
+    "batch_size": 64,
+    "iterations": 500,
+    "lr": 0.5,
+    "betas": (0.9, 0.999),
+    "schedule": "constant",
+    "clip": False,
 }
 
 PRESETS: dict[str, Preset] = {
@@ -168,12 +179,7 @@ PRESETS: dict[str, Preset] = {
             "targets": "running",
             "groups": "sample",
             "class_plan": "balanced",
-            "batch_size": 64,
-            "iterations": 500,
-            "lr": 0.5,
-            "betas": (0.9, 0.999),
-            "schedule": "constant",
-            "clip": False,
+            **_ZEROQ_STEPS,
             "noise_scale": 0.0136,
             "ce_weight": 0.0,
             "distance": "l2_squared",
@@ -191,17 +197,7 @@ PRESETS: dict[str, Preset] = {
     "intraq": Preset(
         "arXiv 2111.09136, zysxmu/IntraQ",
         "the margins between features, and soft targets drawn at random: cross-entropy takes their place; the plateau schedule",
-        {
-            **_QUANTISATION,
-            "batch_size": 256,
-            "iterations": 1000,
-            "lr": 0.5,
-            "betas": (0.9, 0.999),
-            "schedule": "constant",
-            "clip": False,
-            "flip": True,
-            "crop_scale": 0.4,
-        },
+        {**_QUANTISATION, **_ZEROQ_STEPS, "batch_size": 256, "iterations": 1000, "flip": True, "crop_scale": 0.4},
     ),
     "fast_datafree": Preset(
         "arXiv 2112.06253, zju-vipa/Fast-Datafree (CIFAR)",
@@ -255,12 +251,7 @@ PRESETS: dict[str, Preset] = {
             "targets": "running",
             "groups": "sample",
             "class_plan": "balanced",
-            "batch_size": 64,
-            "iterations": 500,
-            "lr": 0.5,
-            "betas": (0.9, 0.999),
-            "schedule": "constant",
-            "clip": False,
+            **_ZEROQ_STEPS,
             "ce_weight": 0.0,
             "distance": "hinge",
             "slack": 0.1,
@@ -313,14 +304,7 @@ def preset(name: str, **changes) -> SynthesisConfig:
 
 def settings(name: str) -> str:
     """A preset's fields in the words of the command line: ``--targets running --batch-size 100``."""
-    return " ".join(_flag(key, value) for key, value in PRESETS[name].fields.items()) or "the defaults"
-
-
-def _flag(key: str, value: object) -> str:
-    flag = "--" + key.replace("_", "-")
-    if isinstance(value, bool):
-        return flag if value else "--no-" + flag[2:]
-    return f"{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+    return flags(PRESETS[name].fields) or "the defaults"
 
 
 def listing() -> str:

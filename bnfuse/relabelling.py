@@ -124,7 +124,7 @@ def relabel(
         raise InputError(f"{dataset} is not finished ({len(contents.entries)} images so far): finish it, then relabel it")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     preprocessing, names = teacher.preprocessing, contents.class_names
-    columns = _outputs(teacher, names, outputs)
+    columns = teacher.outputs_for(names, outputs)
     out = Path(out).expanduser() if out is not None else contents.root / RELABEL
     card = {
         "format": FORMAT,
@@ -244,25 +244,3 @@ def _labelled(
         logits.append(answer)
         report(len(index))
     return Views.joined(drawn), torch.cat(logits)
-
-
-def _outputs(teacher: Teacher, names: list[str], outputs: Sequence[int] | None) -> list[int] | None:
-    """The teacher's output for each class; None, class k is output k."""
-    if outputs is not None:
-        outputs = list(outputs)
-        fits = len(outputs) == len(set(outputs)) == len(names) and 0 <= min(outputs) and max(outputs) < teacher.num_classes
-        if not fits:
-            raise InputError(
-                f"outputs must name one of the teacher's {teacher.num_classes} outputs for each of {len(names)} classes, each "
-                f"once, got {outputs[:10]} ({len(outputs)})"
-            )
-        return None if outputs == list(range(teacher.num_classes)) else outputs
-    if teacher.num_classes == len(names):
-        return None
-    known = teacher.class_names or []
-    if all(known.count(name) == 1 for name in names):
-        return [known.index(name) for name in names]
-    raise InputError(
-        f"the teacher tells {teacher.num_classes} classes apart and the dataset has {len(names)}: name its output for each of "
-        "them with outputs= (--outputs)"
-    )

@@ -1,4 +1,7 @@
-"""The pooled moments of one BatchNorm input, class by class: gathered batch by batch, merged exactly."""
+"""The pooled moments of one BatchNorm input, class by class: gathered batch by batch, merged exactly.
+
+Also the power sums by which moments in several places are merged, say on ranks: each sends its own, and they add up.
+"""
 
 from __future__ import annotations
 
@@ -70,3 +73,25 @@ class SiteMoments:
         batch.m2.index_add_(0, rows, positions * (image_var + deviation.square()))
         merged = self.of_classes(classes).merge(batch)
         self.count[classes], self.mean[classes], self.m2[classes] = merged.count, merged.mean, merged.m2
+
+
+def power_sums(count: Tensor, mean: Tensor, m2: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ(x − c) and Σ(x − c)² [K, C], float64. A centre near the mean keeps a mean far from 0 from cancelling the variance.
+
+        Σ(x − c) = n·(mean − c)          Σ(x − c)² = m2 + n·(mean − c)²
+
+    Parameters
+    ----------
+    count : [K, 1], elements a channel, or another number in proportion
+    mean : [K, C]
+    m2 : float64 [K, C], Σ(x − mean)²
+    centre : float64, broadcast to [K, C]
+    """
+    sums = count * (mean.double() - centre)
+    return sums, m2 + sums * (mean.double() - centre)
+
+
+def from_power_sums(count: Tensor, sums: Tensor, squares: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """mean and m2 [K, C], float64: the inverse of `power_sums`. Where the count is 0 the mean is the centre."""
+    count = count.clamp(min=1)
+    return centre + sums / count, (squares - sums.square() / count).clamp(min=0)

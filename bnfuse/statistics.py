@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -28,7 +29,8 @@ from .models import Teacher, check_teacher, fingerprint
 from .preprocessing import Preprocessing
 from .site_moments import SiteMoments
 from .sites import Site, SiteRule, call_name, observe, select
-from .statistics_file import FORMAT, PARTS, VERSION, WHOLE_PARTS, SitesOnDisk
+from .statistics_file import FORMAT, PARTS, SUBCLASSES_VERSION, VERSION, WHOLE_PARTS, SitesOnDisk
+from .subclasses import SubClasses
 
 MINIMUM_IMAGES = 20  # a class: fewer and its statistics describe single images
 _NO_MERGE = {  # of a variance that is not pooled: why
@@ -45,7 +47,7 @@ class ClassStatistics:
     Attributes
     ----------
     sites : site name → `SiteMoments`, in the order in which the sites ran; those of a file are read when they are asked for
-    images : int64 [K], images of each class
+    images : int64 [K], images of each class, or (of `row_classes`) of each sub-class
     teacher : fingerprint of the network, see `models.fingerprint`
     preprocessing : of the pixels, or None where the loader normalised by itself
     dataset, class_names : provenance, for people
@@ -53,6 +55,8 @@ class ClassStatistics:
     rules : what the sites were chosen by, see `sites.SiteRule`
     variance : how the moments of a class were gathered, one of `estimators.VARIANCES`
     whole : where `variance` is not "pooled", the exact moments [1, C] of all images at once, by site name
+    row_classes : the class of each row of the tables, ascending, where rows are sub-classes (see `subclasses`); None, row k is
+        class k. Whatever is said of a class's row then holds for a sub-class's
     """
 
     sites: Mapping[str, SiteMoments]
@@ -65,10 +69,20 @@ class ClassStatistics:
     rules: tuple[str, ...] = ("bn",)
     variance: str = "pooled"
     whole: Mapping[str, SiteMoments] = field(default_factory=dict)
+    row_classes: list[int] | None = None
 
     @property
     def num_classes(self) -> int:
-        return len(self.images)
+        return len(self.images) if self.row_classes is None else self.row_classes[-1] + 1
+
+    def rows(self, k: int) -> list[int]:
+        """The rows of class k in the tables."""
+        return [k] if self.row_classes is None else [row for row, of in enumerate(self.row_classes) if of == k]
+
+    def class_images(self) -> Tensor:
+        """int64 [number of classes], images of each class, whatever the rows are."""
+        of = torch.arange(self.num_classes) if self.row_classes is None else torch.tensor(self.row_classes)
+        return torch.zeros(self.num_classes, dtype=torch.int64).index_add_(0, of, self.images)
 
     @property
     def site_channels(self) -> dict[str, int]:
@@ -85,7 +99,7 @@ class ClassStatistics:
         ----------
         per_class : False pools all images into one row, exactly, whatever `variance` is
         names : the sites wanted and their order; default all
-        classes : the classes wanted and their order, of a file the only ones to be read; default all
+        classes : the rows wanted and their order, of a file the only ones to be read; default all
 
         Returns
         -------
@@ -96,7 +110,7 @@ class ClassStatistics:
         InputError : some classes are to be pooled, of statistics that do not hold their exact moments
         """
         names = list(self.sites) if names is None else list(names)
-        rows = (self.num_classes if classes is None else len(classes)) if per_class else 1
+        rows = (len(self.images) if classes is None else len(classes)) if per_class else 1
         mean = torch.empty(rows, sum(self.site_channels[name] for name in names), dtype=torch.float64)
         var, start = torch.empty_like(mean), 0
         if not per_class and self.variance != "pooled":
@@ -134,6 +148,11 @@ class ClassStatistics:
             raise InputError(
                 f"class statistics with variance={self.variance!r} cannot be merged, pooled ones alone can: "
                 f"{_NO_MERGE[self.variance]}. Record all the images in one pass, or both parts with variance='pooled'"
+            )
+        if self.row_classes is not None or other.row_classes is not None:
+            raise InputError(
+                "statistics of sub-classes cannot be merged: every recording finds clusters of its own. Record all the images "
+                "at once, or both parts without sub-classes"
             )
         self._check_same("teacher", self.teacher, other.teacher)
         self._check_same("preprocessing", self.preprocessing, other.preprocessing)
@@ -199,7 +218,7 @@ class ClassStatistics:
         for name, site in self.whole.items():
             tensors |= {f"{key}/{name}": getattr(site, part) for key, part in zip(WHOLE_PARTS, PARTS)}
         description = {
-            "version": VERSION,
+            "version": VERSION if self.row_classes is None else SUBCLASSES_VERSION,
             "rules": self.rules,
             "variance": self.variance,
             "sites": list(self.sites),
@@ -209,6 +228,8 @@ class ClassStatistics:
             "outputs": self.outputs,
             "preprocessing": self.preprocessing.to_dict() if self.preprocessing else None,
         }
+        if self.row_classes is not None:
+            description["row_classes"] = self.row_classes
         with atomic_path(path) as part:
             save_file(tensors, part, metadata={"format": FORMAT, "description": json.dumps(description)})
 
@@ -239,6 +260,7 @@ class ClassStatistics:
             tuple(about["rules"]),
             about["variance"],
             sites_on_disk.whole(),
+            about["row_classes"],
         )
         loaded.check(teacher=teacher, num_classes=num_classes, preprocessing=preprocessing, sites=sites)
         return loaded
@@ -248,6 +270,8 @@ class ClassStatistics:
         sha = hashlib.sha256(self.teacher.encode())
         if self.variance != "pooled":
             sha.update(self.variance.encode())
+        if self.row_classes is not None:
+            sha.update(json.dumps(self.row_classes).encode())
         for name, site in chain(self.sites.items(), self.whole.items()):  # a site of a file at a time
             sha.update(name.encode())
             for tensor in (site.count, site.mean, site.m2):
@@ -268,9 +292,11 @@ def record(
     dataset: str = "",
     minimum_images: int = MINIMUM_IMAGES,
     allow_few_images: bool = False,
+    subclasses: int = 1,
     progress: bool = False,
 ) -> ClassStatistics:
-    """Records the class-wise statistics of a network's sites, by default its BatchNorm inputs, in one pass over a dataset.
+    """Records the class-wise statistics of a network's sites, by default its BatchNorm inputs, in one pass over a dataset (two
+    with sub-classes).
 
     Parameters
     ----------
@@ -283,6 +309,8 @@ def record(
     outputs : the network's output for each class, where the network knows more classes than the dataset has
     minimum_images : a class with fewer is refused unless `allow_few_images`: statistics of few images describe those images.
         A moving average counts for as many images as it effectively averages, see `estimators.ImageCounts`
+    subclasses : of each class at most so many, each with statistics of its own: k-means clusters of the teacher's features,
+        none with fewer than `minimum_images`, see `subclasses`. The loader is gone through twice
 
     Returns
     -------
@@ -291,11 +319,11 @@ def record(
     Raises
     ------
     InputError : a label out of range, a non-finite pixel or activation, a class with no image or too few, a rule that finds no
-        site; each named
+        site; each named. With sub-classes also a loader that can be gone through once, and a teacher without a linear layer
 
     Warns
     -----
-    UserWarning : a moving average still is of its start to more than a hundredth
+    UserWarning : a moving average still is of its start to more than a hundredth; a class has fewer sub-classes than asked for
     """
     if isinstance(model, Teacher):
         model, preprocessing = model.model, preprocessing or model.preprocessing
@@ -310,18 +338,34 @@ def record(
     names = list(class_names) if class_names is not None else [str(k) for k in range(num_classes)]
     if len(names) != num_classes:
         raise InputError(f"class_names has {len(names)} entries, num_classes is {num_classes}")
-    recorder = _Recorder(model, num_classes, sites, variance)
-    counts = ImageCounts(variance, num_classes)
-    try:
-        for batch, (images, labels) in enumerate(tqdm(loader, desc="recording", unit="batch", disable=not progress)):
+    if subclasses < 1 or subclasses > 1 and isinstance(loader, Iterator):
+        raise InputError(
+            "subclasses must be at least 1, and for more than that the loader is gone through twice, as a DataLoader or a list "
+            f"can be: got {subclasses} of a {type(loader).__name__}"
+        )
+
+    def inputs(what: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """(what the teacher is shown, on its device, labels int64 [N] on the CPU) of every batch."""
+        first = 0
+        for batch, (images, labels) in enumerate(tqdm(loader, desc=what, unit="batch", disable=not progress)):
             labels = torch.as_tensor(labels).to(torch.int64)
-            _check_batch(images, labels, num_classes, batch, first=int(counts.images.sum()))
+            _check_batch(images, labels, num_classes, batch, first)
+            first += len(labels)
             images = images.to(device)
-            recorder.run(images if preprocessing is None else preprocessing.normalize(images), labels.to(device))
-            counts.add_batch(labels)
+            yield images if preprocessing is None else preprocessing.normalize(images), labels
+
+    found = SubClasses(model, inputs("clustering"), names, subclasses, minimum_images) if subclasses > 1 else None
+    row_names = names if found is None else _row_names(found.row_classes, names)
+    recorder = _Recorder(model, len(row_names), sites, variance)
+    counts = ImageCounts(variance, len(row_names))
+    try:
+        for shown, labels in inputs("recording"):
+            rows = labels if found is None else found.of(int(counts.images.sum()), shown)
+            recorder.run(shown, rows.to(device))
+            counts.add_batch(rows)
     finally:
         recorder.remove()
-    _check_counts(counts, names, minimum_images, allow_few_images)
+    _check_counts(counts, row_names, minimum_images, allow_few_images)
     return ClassStatistics(
         {name: site.finish() for name, site in recorder.sites.items()},
         counts.images,
@@ -333,6 +377,7 @@ def record(
         tuple(sites),
         variance,
         {name: site.whole for name, site in recorder.sites.items() if site.whole is not None},
+        None if found is None else found.row_classes,
     )
 
 
@@ -373,6 +418,16 @@ class _Recorder:
 
 def _parsed(rules: Sequence[str]) -> set[SiteRule]:
     return {SiteRule.parse(rule) for rule in rules}
+
+
+def _row_names(row_classes: Sequence[int], names: Sequence[str]) -> list[str]:
+    """Of each sub-class, for people: the class's name, and which of several it is."""
+    several, place = Counter(row_classes), Counter()
+    row_names = []
+    for k in row_classes:
+        place[k] += 1
+        row_names.append(f"{names[k]}, sub-class {place[k]}" if several[k] > 1 else names[k])
+    return row_names
 
 
 def _check_batch(images: Tensor, labels: Tensor, num_classes: int, batch: int, first: int) -> None:

@@ -19,7 +19,8 @@ from .errors import InputError
 from .site_moments import SiteMoments
 
 FORMAT, VERSION = "bnfuse.class_statistics", 2
-READABLE = (1, 2)  # 1 knew BatchNorm inputs and pooled moments alone
+SUBCLASSES_VERSION = 3  # of files whose rows are sub-classes: what reads 2 alone must not take them for classes
+READABLE = (1, VERSION, SUBCLASSES_VERSION)  # 1 knew BatchNorm inputs and pooled moments alone
 PARTS = ("count", "mean", "m2")  # of a site's tables: [K], [K, C] and [K, C]
 WHOLE_PARTS = ("whole_count", "whole_mean", "whole_m2")  # the same of all classes together: [1], [1, C] and [1, C]
 
@@ -33,7 +34,7 @@ class SitesOnDisk(Mapping):
     Attributes
     ----------
     description : what `ClassStatistics.save` wrote beside the numbers
-    images : int64 [K]
+    images : int64 [K], of each row
     channels : C of each site
     """
 
@@ -49,9 +50,9 @@ class SitesOnDisk(Mapping):
             if self.description["version"] not in READABLE:
                 raise InputError(
                     f"{path} has format version {self.description['version']}, this bnfuse reads "
-                    f"{' and '.join(map(str, READABLE))}; record again"
+                    f"{', '.join(map(str, READABLE))}; record again"
                 )
-            self.description = {"rules": ["bn"], "variance": "pooled"} | self.description
+            self.description = {"rules": ["bn"], "variance": "pooled", "row_classes": None} | self.description
             self._file = open(path, "rb", buffering=0)
             # 8 bytes: the header's length; the header: name → dtype, shape, data_offsets; then the data
             length = int.from_bytes(self._file.read(8), "little")
@@ -59,7 +60,13 @@ class SitesOnDisk(Mapping):
             self.images = self._read("images")
         except (OSError, safetensors.SafetensorError) as error:
             raise InputError(f"cannot read class statistics from {path}: {error}; make them with `bnfuse record`") from error
+        self._check_row_classes()
         self.channels = {name: self._checked_channels(name, len(self.images)) for name in self.description["sites"]}
+
+    def _check_row_classes(self) -> None:
+        of, classes = self.description["row_classes"], range(len(self.description["class_names"]))
+        if of is not None and (len(of) != len(self.images) or of != sorted(of) or {*of} != {*classes}):
+            raise InputError(f"{self.path} is damaged: its {len(self.images)} rows are not sub-classes; record it again")
 
     def _checked_channels(self, name: str, rows: int, parts: Sequence[str] = PARTS) -> int:
         headers = [self._header.get(f"{part}/{name}", {}) for part in parts]

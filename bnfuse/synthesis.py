@@ -102,7 +102,7 @@ def synthesize(
     device = choose_device(device)
     maker = UnitMaker(teacher, statistics, config, device, backend, micro_batch, offload, cuda_graph, more_teachers)
     names = maker.source.names
-    counts = [config.images_per_class] * len(names)
+    counts = maker.counts
     started, losses = time.monotonic(), {}
     store: Store | None = None
     display: Display | None = None

@@ -27,6 +27,8 @@ def row_bytes(statistics: ClassStatistics, sites: Sequence[str] | None = None) -
 class Targets:
     """A `Matcher` and, for each batch, the rows of its table.
 
+    A class here is a row of the statistics: where those have sub-classes, each is one of its own.
+
     Attributes
     ----------
     matcher : its table holds every class of the run, or (what does not fit `budget`) those of one batch at a time

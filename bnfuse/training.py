@@ -19,9 +19,11 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from .batches import (
+    SAMPLINGS,
     Source,
     checked_labels,
     decoded,
+    draw_order,
     even_batches,
     flip_and_shift,
     measure_preprocessing,
@@ -48,6 +50,8 @@ class TrainConfig:
     ----------
     model : the network's name, see `models.SPEC_GRAMMAR`
     epochs : passes over the dataset
+    sampling : what a pass is where classes are of different size: every image once (instance); or as many images, but every
+        class as often as any other, so that those of small classes come again and again (class_balanced; arXiv 1910.09217)
     batch_size : images a step; all batches of an epoch are of about the same size, at most this
     optimizer : "adamw" or "sgd" (with Nesterov momentum)
     lr : the highest the schedule reaches; left out, 0.002 with adamw and 0.1 with sgd
@@ -64,6 +68,7 @@ class TrainConfig:
     seed : of the initial weights, the order of the images and their augmentation
     eval_every : test after every so many epochs; 0 tests at the end only
     workers : processes that read a dataset which is not in memory
+    recipe : a student's settings, by name, from which these began, see --list-recipes
 
     Raises
     ------
@@ -73,6 +78,7 @@ class TrainConfig:
 
     model: str = "resnet20"
     epochs: int = 30
+    sampling: str = "instance"
     batch_size: int = 128
     optimizer: str = "adamw"
     lr: float | None = None
@@ -90,10 +96,13 @@ class TrainConfig:
     seed: int = 0
     eval_every: int = 5
     workers: int = 0
+    recipe: str | None = None
 
     def __post_init__(self):
         if self.optimizer not in OPTIMIZER_DEFAULTS:
             raise InputError(f"optimizer must be one of {', '.join(OPTIMIZER_DEFAULTS)}, got {self.optimizer!r}")
+        if self.sampling not in SAMPLINGS:
+            raise InputError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {self.sampling!r}")
         for name, default in zip(("lr", "weight_decay"), OPTIMIZER_DEFAULTS[self.optimizer]):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
@@ -125,12 +134,38 @@ class Evaluation:
     per_class_accuracy : the same for each class in order of label; None for a class without images
     loss : mean cross-entropy, in nats
     predictions : the class with the largest logit, int64 [N], on the CPU, in the dataset's order
+    logits : the network's, float32 [N, K], on the CPU
+    labels : int64 [N], on the CPU
     """
 
     accuracy: float
     per_class_accuracy: list[float | None]
     loss: float
     predictions: Tensor
+    logits: Tensor
+    labels: Tensor
+
+    @property
+    def auc(self) -> float | None:
+        """The area under the ROC curve: the chance that an image of a class is given more of it than one of another, ties
+        counted half. Of more than two classes the mean over them of each against the rest (macro one-vs-rest), by its
+        probability. None where all images are of one class; a class of which there is none does not count.
+        """
+        logits = self.logits.double()
+        if logits.shape[1] == 2:
+            return _auc(self.labels == 1, logits[:, 1] - logits[:, 0])  # probabilities near 1 would become ties
+        found = [_auc(self.labels == k, scores) for k, scores in enumerate(logits.softmax(1).T)]
+        found = [auc for auc in found if auc is not None]
+        return sum(found) / len(found) if found else None
+
+
+def _auc(positive: Tensor, scores: Tensor) -> float | None:
+    """Of scores [N]; nan where one is, None where all are positive, or none is."""
+    from sklearn.metrics import roc_auc_score  # not at the top: it takes a second
+
+    if not 0 < int(positive.sum()) < len(positive):
+        return None
+    return float(roc_auc_score(positive.numpy(), scores.numpy())) if scores.isfinite().all() else math.nan
 
 
 @dataclass
@@ -143,6 +178,7 @@ class TrainResult:
     preprocessing : how pixels become its input
     accuracy : on the test dataset; None without one
     per_class_accuracy : on the test dataset, for each class; None without one
+    auc : on the test dataset, see `Evaluation.auc`; None without one
     train_accuracy : on the training images as they are, without augmentation
     history : one dict an epoch: epoch, loss, lr (of its last step), train_accuracy (running, augmented), seconds and,
         where it was tested, accuracy
@@ -153,6 +189,7 @@ class TrainResult:
     preprocessing: Preprocessing
     accuracy: float | None
     per_class_accuracy: list[float | None] | None
+    auc: float | None
     train_accuracy: float
     history: list[dict]
     seconds: float
@@ -207,7 +244,7 @@ def train(
     if len(source) < 2:
         raise InputError(f"{dataset.name} has {len(source)} images; training with BatchNorm needs at least 2")
     if labels is not None:
-        _check_labels(labels, dataset, preprocessing)
+        _check_labels(labels, dataset, preprocessing, config)
     elif config.shift >= min(preprocessing.image_size):
         raise InputError(f"shift={config.shift} is no less than the image size {preprocessing.image_size}")
     if test is not None:
@@ -259,6 +296,7 @@ def train(
         preprocessing=preprocessing,
         accuracy=evaluation.accuracy if test is not None else None,
         per_class_accuracy=evaluation.per_class_accuracy if test is not None else None,
+        auc=evaluation.auc if test is not None else None,
         train_accuracy=_evaluate(model, source, 2 * config.batch_size).accuracy,
         history=history,
         seconds=time.perf_counter() - started,
@@ -269,12 +307,12 @@ def train(
 
 
 def _augmented(source: Source, targets: Tensor, config, generator: Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The dataset once, in random order, each image augmented by its own draw.
+    """The dataset once, in random order, as `config.sampling` says, each image augmented by its own draw.
 
     Yields (inputs [B, C, H, W], what is to be answered to them [B, K], and to the images before they were mixed [B, K]).
     `targets` are probabilities [N, K].
     """
-    order = torch.randperm(len(source), generator=generator)
+    order = draw_order(torch.as_tensor(source.dataset.labels).cpu(), config.sampling, generator)
     batches = [order[part] for part in even_batches(len(source), config.batch_size)]
     for index, images in source.batches(batches, lambda images, at: flip_and_shift(images, at, config, generator)):
         images = random_crop(images, config.crop_scale, generator)
@@ -351,13 +389,18 @@ def _targets(dataset, config: TrainConfig, logits) -> Tensor:
     return F.softmax(logits / config.temperature, dim=1)
 
 
-def _check_labels(labels: Labels, dataset, preprocessing: Preprocessing) -> None:
-    """InputError where labels are of other images than the dataset's, as far as that can be seen."""
+def _check_labels(labels: Labels, dataset, preprocessing: Preprocessing, config: TrainConfig) -> None:
+    """InputError where labels are of other images than the dataset's, as far as that can be seen, or cannot be learnt so."""
     of, ours = (labels.images, labels.num_classes), (len(dataset), dataset.num_classes)
     if of != ours:
         raise InputError(
             f"{labels.root} labels {of[0]} images of {of[1]} classes, {dataset.name} has {ours[0]} of {ours[1]}: train on the "
             "whole dataset that was relabelled"
+        )
+    if not labels.plain and config.sampling != "instance":
+        raise InputError(
+            f"the views of {labels.root} are shown as they were labelled, each once: leave out sampling={config.sampling!r}, "
+            "or relabel the images themselves (without --views)"
         )
     if not labels.plain and labels.image_size != preprocessing.image_size:
         raise InputError(
@@ -433,6 +476,8 @@ def _evaluate(model: nn.Module, source: Source, batch_size: int) -> Evaluation:
         per_class_accuracy=[right.double().mean().item() if len(right) else None for right in per_class],
         loss=F.cross_entropy(logits.double(), labels).item(),
         predictions=predictions,
+        logits=logits,
+        labels=labels,
     )
 
 
@@ -453,6 +498,7 @@ def _write(out: Path, result: TrainResult, config: TrainConfig, dataset, test) -
     names = list(dataset.class_names or map(str, range(dataset.num_classes)))
     metrics = {
         "accuracy": result.accuracy,
+        "auc": result.auc,
         "per_class_accuracy": dict(zip(names, result.per_class_accuracy)) if result.per_class_accuracy else None,
         "train_accuracy": result.train_accuracy,
         "seconds": result.seconds,

@@ -20,7 +20,7 @@ from .matching import Matcher
 from .models import Teacher, batchnorm_layers
 from .objective import Objective
 from .optimisation import NonFiniteLoss, check_cuda_graph, optimise
-from .plans import SynthesisConfig, Unit, plan
+from .plans import SynthesisConfig, Unit, deal, in_runs, plan
 from .seeds import derive_seed
 from .sites import select
 from .snapshots import UnitCheckpoint
@@ -42,6 +42,7 @@ class UnitMaker:
     Attributes
     ----------
     source : teacher, statistics and classes; more_sources : those of the further teachers
+    counts : images of each class
     units : all of them, in their order
     backend : the kernels that run, by name
     """
@@ -64,18 +65,23 @@ class UnitMaker:
         self.teacher, self.config, self.device = teacher, config, device
         self.micro_batch, self.offload, self.cuda_graph = micro_batch, offload, cuda_graph
         self.source = Source.of(teacher, statistics, config)
-        self.units = plan(config, range(len(self.source.names)))
+        self.counts = self.source.counts(config)
+        self._rows = self.source.target_rows(config, self.counts)
+        self.units = plan(config, range(len(self.counts)), self.counts)
+        if self.source.has_subclasses(config):
+            self.units = [in_runs(unit, self._rows) for unit in self.units]
         self.backend = backends.resolve(backend, device.type)
         self.more_sources = [Source.of(*more, config) for more in more_teachers]
         for number, other in enumerate(self.more_sources, start=2):
             self.source.check_alike(other, number)
+            self.source.check_no_subclasses(other, config)
         if not self.more_sources and (config.teacher_weights or config.teacher_priors):
             raise InputError(
                 "teacher_weights and teacher_priors are for several teachers: give --more-teachers (more_teachers)"
             )
         sources = [self.source, *self.more_sources]
         config.committee.check(len(sources))
-        at_once = max(len(set(unit.classes)) for unit in self.units)
+        at_once = max(len(set(self.rows(unit))) for unit in self.units)
         budget = budget_of_each([source.target_bytes(config) for source in sources])
         self.targets = [source.targets(config, at_once, device, budget) for source in sources]
         members = [self._objective(*pair, backend) for pair in zip(sources, self.targets)]
@@ -101,6 +107,10 @@ class UnitMaker:
         if self.more_sources:
             card["more_teachers"] = [source.of_whom() for source in self.more_sources]
         return card
+
+    def rows(self, unit: Unit) -> list[int]:
+        """Of each image of a unit, the row of the statistics that it is matched to; in runs."""
+        return [self._rows[k][index] for k, index in zip(unit.classes, unit.indices)]
 
     def seeds(self, unit: Unit, attempt: int = 0) -> list[int]:
         """One an image; those of the first attempt, and others for every further one."""
@@ -133,9 +143,9 @@ class UnitMaker:
         BnfuseError : no attempt had a finite loss
         Interrupted : from the checkpoint
         """
-        rows = [self.source.rows[k] for k in unit.classes]
+        rows = self.rows(unit)
         groups = [targets.groups(rows, self.config.grouping) for targets in self.targets][0]  # the same for all teachers
-        outputs = self.source.outputs(torch.tensor(rows, device=self.device))
+        outputs = self.source.outputs(torch.tensor([self.source.rows[k] for k in unit.classes], device=self.device))
         state = checkpoint.load() if checkpoint else None
         attempt = checkpoint.attempt if state else attempt
         while True:
@@ -192,16 +202,27 @@ def recognised(
     config: SynthesisConfig,
     *,
     micro_batch: int | None = None,
+    judge: Teacher | None = None,
 ) -> float:
-    """The fraction of a finished dataset's images, as stored, that the teacher takes for what was asked of them."""
-    source = Source.of(teacher, statistics, config)
-    data = load_dataset(str(out))
-    device = next(teacher.model.parameters()).device
-    wanted = source.outputs(torch.tensor(source.rows))[data.labels]  # int64 [N]
+    """The fraction of a finished dataset's images, as stored, that a network takes for what was asked of them.
+
+    It is the teacher, or another: `judge`, which is shown them at its own size. Its output for a class is that of the same
+    name; where it has no such names the teacher's, of as many outputs; else it has the dataset's classes in their order.
+    """
+    source, network = Source.of(teacher, statistics, config), judge or teacher
+    outputs = source.outputs(torch.tensor(source.rows))  # [K]
+    if judge is not None and judge.class_names is not None and set(source.names) <= set(judge.class_names):
+        outputs = torch.tensor([judge.class_names.index(name) for name in source.names])
+    elif network.num_classes != teacher.num_classes:
+        outputs = torch.tensor(network.outputs_for(source.names) or range(len(source.names)))
+    preprocessing = network.preprocessing
+    data = load_dataset(str(out), image_size=preprocessing.image_size, channels=preprocessing.channels)
+    device = next(network.model.parameters()).device
+    wanted = outputs[data.labels]  # int64 [N]
     right = 0
     for part in torch.arange(len(data)).split(micro_batch or config.batch_size):
         images, _ = data.batch(part)
-        logits = teacher.model(teacher.preprocessing.normalize(images.to(device)))
+        logits = network.model(preprocessing.normalize(images.to(device)))
         right += int((logits.argmax(1).cpu() == wanted[part]).sum())
     return right / len(data)
 
@@ -216,7 +237,8 @@ def to_pixels(images: Tensor, teacher: Teacher) -> Tensor:
 class Source:
     """What the images are made of: teacher, statistics, and the classes chosen from them.
 
-    `names[k]` is class k of the new dataset; `rows[k]` its number among the classes of the statistics.
+    `names[k]` is class k of the new dataset; `rows[k]` its number among the classes of the statistics, which is also its row in
+    their tables, unless those have rows of sub-classes.
     """
 
     teacher: Teacher
@@ -257,18 +279,52 @@ class Source:
             if mine != its:
                 raise InputError(f"teacher {number} does not go with the first: its {what} are {its}, expected {mine}")
 
+    def has_subclasses(self, config: SynthesisConfig) -> bool:
+        """Whether the images of a class are matched to the statistics of its sub-classes."""
+        return config.targets == "class" and self.statistics.row_classes is not None
+
+    def check_no_subclasses(self, other: Source, config: SynthesisConfig) -> None:
+        """InputError where one of two teachers has sub-classes that the other knows nothing of."""
+        if self.has_subclasses(config) or other.has_subclasses(config):
+            raise InputError(
+                "sub-classes are of one teacher's features, and images of several teachers have one group each: record the "
+                "statistics of all of them without sub-classes"
+            )
+
+    def counts(self, config: SynthesisConfig) -> list[int]:
+        """Images to make of each class."""
+        if config.class_shares == "equal":
+            return [config.images_per_class] * len(self.rows)
+        if self.statistics is None:
+            raise InputError("class_shares='recorded' needs class statistics, whose images it counts: record them")
+        images = self.statistics.class_images()[self.rows].tolist()
+        return [max(1, round(config.images_per_class * len(images) * count / sum(images))) for count in images]
+
+    def target_rows(self, config: SynthesisConfig, counts: Sequence[int]) -> list[list[int]]:
+        """The row of the statistics that each image of each class is matched to: the class's, or those of its sub-classes in
+        proportion to the private images that they have."""
+        if not self.has_subclasses(config):
+            return [[row] * count for row, count in zip(self.rows, counts)]
+        of_class = [self.statistics.rows(k) for k in self.rows]
+        shares = [self.statistics.images[rows].tolist() for rows in of_class]
+        return [[rows[part] for part in deal(share, count)] for rows, share, count in zip(of_class, shares, counts)]
+
+    def table_rows(self) -> list[int]:
+        """All rows of the statistics that are of these classes."""
+        return [row for k in self.rows for row in self.statistics.rows(k)]
+
     def target_bytes(self, config: SynthesisConfig) -> int:
         """What the targets of all classes take on the device."""
-        return row_bytes(self.statistics, self._sites(config)) * len(self.rows) if config.targets == "class" else 0
+        return row_bytes(self.statistics, self._sites(config)) * len(self.table_rows()) if config.targets == "class" else 0
 
     def targets(self, config: SynthesisConfig, at_once: int, device: torch.device, budget: int = TARGET_BYTES) -> Targets:
-        """On the device, in so many bytes of it; `at_once` is the most classes that a unit has."""
+        """On the device, in so many bytes of it; `at_once` is the most classes or sub-classes that a unit has."""
         names = self._sites(config)
         options = {"sites": names, **config.matcher_options(self.teacher.model, names)}
         if config.targets == "class":
             options |= {"global_share": config.global_share, "global_blend": config.global_blend}
             options |= {"at_once": at_once, "device": device, "budget": budget}
-            targets = Targets.class_wise(self.statistics, self.rows, **options)
+            targets = Targets.class_wise(self.statistics, self.table_rows(), **options)
         elif config.targets == "global":
             targets = Targets.pooled(Matcher.from_statistics(self.statistics, per_class=False, **options))
         else:
@@ -337,6 +393,7 @@ class Source:
                 "dataset": statistics.dataset,
                 "images": statistics.images.tolist(),
                 **({} if statistics.variance == "pooled" else {"variance": statistics.variance}),
+                **({} if statistics.row_classes is None else {"row_classes": statistics.row_classes}),
             },
         }
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from .distributed import ALONE, Team
 from .errors import InputError
 from .moments import Moments
-from .site_moments import SiteMoments
+from .site_moments import SiteMoments, from_power_sums, power_sums
 
 Means = dict[str, Tensor]  # term → its mean over some images, a scalar
 
@@ -205,15 +205,14 @@ class _Pool:
         self.moments = Moments(zip(self.sites, parts), self.positions, batch.group_starts)
 
     def _reduce(self, batch: VirtualBatch, counts: Tensor) -> None:
-        """One all-reduce: Σ(x − c) and Σ(x − c)² of every channel, where no rank knows the others' means but all know c."""
+        """One all-reduce: the power sums of every channel, where no rank knows the others' means but all know the centre."""
         table = self.table
         centre = table.mean.new_zeros(1) if batch.centre is None else batch.centre(self.sites, self.channels).double()  # [T]
         centre = torch.where(batch.samples[:, None] > 0, centre, 0.0)  # [G, T], an empty group's mean is 0
-        first = table.count[:, None] * (table.mean - centre)
-        second = table.m2 + first * (table.mean - centre)
+        first, second = power_sums(table.count[:, None], table.mean, table.m2, centre)
         sums = batch.team.sum_(torch.cat([first.flatten(), second.flatten(), self.sums]))
         first, second = (part.view_as(table.mean) for part in sums[: 2 * first.numel()].chunk(2))
-        table.mean, table.m2 = centre + first / counts, (second - first.square() / counts).clamp(min=0)
+        table.mean, table.m2 = from_power_sums(counts, first, second, centre)
         self.sums = sums[len(sums) - len(self.sums) :]
 
     def differentiate(self, loss: Tensor) -> None:

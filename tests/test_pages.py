@@ -9,6 +9,8 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import drop_in  # noqa: E402
+import fidelity_cases  # noqa: E402
+import recipes_page  # noqa: E402
 import report  # noqa: E402
 import scaling  # noqa: E402
 import scaling_model  # noqa: E402
@@ -94,6 +96,25 @@ def test_pages_show_the_results_that_are_kept(module):
     before = module.PAGE.read_text()
     module.write_report(json.loads(result.read_text()))
     assert module.PAGE.read_text() == before, f"run `{module.COMMAND} --report`"
+
+
+def test_the_recipes_are_what_their_table_says(monkeypatch, tmp_path):
+    """Settings and figures that are kept; of a recipe without figures, the settings alone."""
+    page = tmp_path / "recipes.md"
+    page.write_text(before := recipes_page.PAGE.read_text())
+    monkeypatch.setattr(recipes_page, "PAGE", page)
+    recipes_page.write_page()
+    assert page.read_text() == before, "run `python benchmarks/recipes_page.py`"
+    assert all(f"| {text} | " in before for text in (*recipes_page.STUDENTS.values(), *recipes_page.DEMO.values()))
+    monkeypatch.setattr(recipes_page, "RESULTS", tmp_path)
+    monkeypatch.setattr(fidelity_cases, "KEPT", tmp_path)
+    recipes_page.write_page()
+    assert "--low-resolution-iterations 200" in page.read_text() and "| noise" not in page.read_text()
+    case = next(case for case in fidelity_cases.curves(fidelity_cases.PROBLEMS["digits"]) if case.arm == "noise")
+    case.kept_at("test").write_text(json.dumps(WHERE | {"accuracy": 0.125, "tested": 400, "teacher_accuracy": 0.99}))
+    recipes_page.write_page()
+    of_digits, _, others = page.read_text().partition("## cifar10")
+    assert "| noise | " in of_digits and "12.5 (9–16)" in of_digits and "| noise" not in others
 
 
 def test_the_model_is_what_its_command_prints():

@@ -237,9 +237,9 @@ def test_a_file_of_the_first_format_loads(data, tmp_path):
     safetensors.torch.save_file(tensors, tmp_path / "old.safetensors", metadata)
     loaded = ClassStatistics.load(tmp_path / "old.safetensors", teacher=network, sites=("bn",))
     assert (loaded.rules, loaded.variance, loaded.digest()) == (("bn",), "pooled", statistics.digest())
-    metadata["description"] = metadata["description"].replace('"version": 1', '"version": 3')
+    metadata["description"] = metadata["description"].replace('"version": 1', '"version": 4')
     safetensors.torch.save_file(tensors, tmp_path / "newer.safetensors", metadata)
-    with pytest.raises(InputError, match="format version 3, this bnfuse reads 1 and 2"):
+    with pytest.raises(InputError, match="format version 4, this bnfuse reads 1, 2, 3"):
         ClassStatistics.load(tmp_path / "newer.safetensors")
 
 

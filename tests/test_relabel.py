@@ -262,6 +262,8 @@ def test_what_cannot_be_labelled_or_learnt(store, tmp_path):
     labels, data = Labels(store / "relabel"), load_dataset(str(store))
     with pytest.raises(InputError, match="labels 22 images of 2 classes, .* has 4 of 2"):
         train(data.first_per_class(2), TRAIN, labels=labels, progress=False)
+    with pytest.raises(InputError, match="shown as they were labelled, each once: leave out sampling='class_balanced'"):
+        train(data, dataclasses.replace(TRAIN, sampling="class_balanced"), labels=labels, progress=False)
     with pytest.raises(InputError, match="labelled at 8x9 pixels and the images are 6x6"):
         train(load_dataset(str(store), image_size=(6, 6)), TRAIN, labels=labels, progress=False)
 

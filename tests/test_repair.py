@@ -195,7 +195,7 @@ def test_images_of_teams_of_ranks_are_not_made_again_by_one(teacher, made, monke
     (made / LABELS).unlink()
     before, optimise = tree(made), units.optimise
     monkeypatch.setattr(units, "optimise", lambda *a, **k: pytest.fail("it was made all the same"))
-    monkeypatch.setattr("bnfuse.cli._load_teacher", lambda args: teacher)
+    monkeypatch.setattr("bnfuse.cli_flags.load_teacher", lambda args: teacher)
     assert main(["verify", str(made), "--repair", "--teacher", "x", "--device", "cpu"]) == 1
     assert f"({IMAGE}): teams of 2 ranks made each batch together, and one process rounds" in capsys.readouterr().out
     assert tree(made) == before
@@ -248,7 +248,7 @@ def test_card_of_another_version(teacher, made):
 
 
 def test_command_line(teacher, made, monkeypatch, capsys):
-    monkeypatch.setattr("bnfuse.cli._load_teacher", lambda args: teacher)
+    monkeypatch.setattr("bnfuse.cli_flags.load_teacher", lambda args: teacher)
     before = tree(made)
     assert main(["verify", str(made)]) == 0
     assert "every file is as it was written" in capsys.readouterr().out
@@ -266,7 +266,7 @@ def test_command_line(teacher, made, monkeypatch, capsys):
 
 
 def test_command_line_on_another_machine(teacher, made, monkeypatch, capsys, another_machine):
-    monkeypatch.setattr("bnfuse.cli._load_teacher", lambda args: teacher)
+    monkeypatch.setattr("bnfuse.cli_flags.load_teacher", lambda args: teacher)
     flip_a_bit(made / IMAGE)
     flags = ["verify", str(made), "--repair", "--teacher", "x", "--device", "cpu"]
     assert main(flags) == 1

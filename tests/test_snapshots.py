@@ -126,7 +126,7 @@ def test_a_second_interrupt_acts_at_once():
 
 def test_exit_status(teacher, tmp_path, monkeypatch, stop_at, capsys):
     stop_at(0, 4, signal.SIGINT)
-    monkeypatch.setattr("bnfuse.cli._load_teacher", lambda args: teacher)
+    monkeypatch.setattr("bnfuse.cli_flags.load_teacher", lambda args: teacher)
     flags = "--teacher x --targets running --images-per-class 1 --classes 3 --iterations 8 --device cpu".split()
     assert main(["synthesize", *flags, "--out", str(tmp_path / "made")]) == 130
     error = capsys.readouterr().err

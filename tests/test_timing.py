@@ -127,8 +127,11 @@ def test_small_planes_are_timed_beside_a_copy(tmp_path):
     assert ran.returncode == 0, ran.stderr
     result = json.loads((tmp_path / "quick_small_planes.json").read_text())
     shares = result["share_of_copy_bandwidth"]
-    assert {(s["layout"], s["plane"]) for s in shares} == {
-        (layout, plane) for layout in ("contiguous", "channels_last") for plane in (1, 7, 56)
+    assert {(s["layout"], s["residual"], s["plane"]) for s in shares} == {
+        (layout, residual, plane)
+        for layout in ("contiguous", "channels_last")
+        for residual in (False, True)
+        for plane in (1, 7, 56)
     }
     assert all(s[direction] > 0 for s in shares for direction in ("forward", "backward"))
     assert result["threads"] == 1 and "| forward, contiguous | 64 |" in ran.stdout

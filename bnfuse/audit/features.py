@@ -1,12 +1,12 @@
-"""What the teacher makes of an image before it decides: the input of its last linear layer."""
+"""The features of whole datasets, and how far two sets of them are apart."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..datasets import ArrayDataset
-from ..errors import InputError
+from ..features import Features
 from ..models import Teacher
 
 
@@ -29,29 +29,9 @@ def features(teacher: Teacher, data: ArrayDataset, device: torch.device, batch_s
     InputError
         The teacher has no linear layer.
     """
-    seen = []  # (layer, its input) of every linear layer that ran in this batch
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].detach()))
-        for layer in teacher.model.modules()
-        if isinstance(layer, nn.Linear)
-    ]
-    if not hooks:
-        raise InputError(
-            f"features are taken before the teacher's last linear layer, and {teacher.architecture} has none: leave the "
-            "teacher out, and images are compared by their pixels alone"
-        )
-    parts = []
-    try:
-        with torch.no_grad():
-            for start in range(0, len(data), batch_size):
-                seen.clear()
-                images, _ = data.batch(torch.arange(start, min(start + batch_size, len(data))))
-                teacher.model(teacher.preprocessing.normalize(images.to(device)))
-                parts.append(seen[-1].flatten(1).float().cpu())
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.cat(parts)
+    with Features(teacher.model, "leave the teacher out, and images are compared by their pixels alone") as taken:
+        batches = (data.batch(part)[0] for part in torch.arange(len(data)).split(batch_size))
+        return torch.cat([taken.of(teacher.preprocessing.normalize(images.to(device))) for images in batches])
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

@@ -91,9 +91,10 @@ def run(context: Context, config: Config) -> Finding:
         f"In statistics of {most:,} private images a class these are told from other private ones, which the teacher knows "
         f"as well, with an AUC of {auc:.3f} ({low:.3f} to {high:.3f}): so much comes from the statistics, and not the teacher."
     )
+    what = "class" if context.statistics.row_classes is None else "sub-class"
     notes.append(
         f"{len(private):,} private images are traced against {len(heldout):,} held-out ones. The statistics are of "
-        f"{_range(context.statistics.images)} images a class. Mean and covariance of each class are those of the other "
+        f"{_range(context.statistics.images)} images a {what}. Mean and covariance of each class are those of the other "
         "held-out images, so that no image is compared with itself."
     )
     return Finding(
@@ -170,9 +171,10 @@ def image_moments(teacher: Teacher, data: ArrayDataset, device: torch.device) ->
 
 
 def _class_moments(statistics: ClassStatistics) -> ImageMoments:
-    """The same of each class, a row a class."""
+    """The same of each class, a row a class or sub-class."""
     mean, var = statistics.moments()
-    return ImageMoments(mean, var + mean.square(), torch.arange(statistics.num_classes))
+    of = range(statistics.num_classes) if statistics.row_classes is None else statistics.row_classes
+    return ImageMoments(mean, var + mean.square(), torch.tensor([*of]))
 
 
 def _recorded(teacher: Teacher, data: ArrayDataset) -> ClassStatistics:
@@ -205,11 +207,15 @@ class Reference:
         self.correction = eigenvalues.reciprocal() - 1 / self.shrinkage
 
     def scores(self, images: ImageMoments, classes: ImageMoments) -> Tensor:
-        """float64 [N]: (image − mean)ᵀ covariance⁻¹ (class − mean), each image against its own class."""
+        """float64 [N]: (image − mean)ᵀ covariance⁻¹ (class − mean), each image against its own class; of sub-classes, which
+        nobody has told of an image, against that of its class which suits it best."""
         image = (images.about(self.centre) - self.means[images.labels]) * self.scale  # [N, 2T]
-        of_class = (classes.about(self.centre) - self.means) * self.scale  # [K, 2T]
+        of_class = (classes.about(self.centre) - self.means[classes.labels]) * self.scale  # [rows, 2T]
         whitened = of_class / self.shrinkage + ((of_class @ self.directions.T) * self.correction) @ self.directions
-        return (image * whitened[images.labels]).sum(1)
+        scores = torch.full((len(image),), -torch.inf, dtype=torch.float64)
+        for rows in _one_of_each(classes.labels):  # [K]: of every class its first row, then its second …
+            scores = torch.maximum(scores, (image * whitened[rows[images.labels]]).sum(1))
+        return scores
 
 
 def _trace(
@@ -232,6 +238,13 @@ def _trace(
             mine = fold_of[name] == fold
             found[name][mine] = reference.scores(of.part(mine), classes)
     return Scores(found["members"], found["others"])
+
+
+def _one_of_each(labels: Tensor) -> list[Tensor]:
+    """Rows of every class, int64 [K], so often that each row was among them; labels are the rows' classes, ascending."""
+    counts = torch.bincount(labels)
+    first = counts.cumsum(0) - counts
+    return [first + torch.minimum(torch.tensor(turn), counts - 1) for turn in range(int(counts.max()))]
 
 
 def _dealt(labels: Tensor, folds: int, rng: torch.Generator) -> Tensor:

@@ -1,11 +1,7 @@
 """Moments of a batch that lies in several places: on ranks, or in the replicas of a DataParallel network.
 
-Every channel's sums over what is left of a centre near its mean are added up in float64:
-
-    Σ(x − c) = n·(mean − c)          Σ(x − c)² = n·(var + (mean − c)²)
-
-so that a mean far from 0 does not cancel the variance. Each place differentiates by its own moments alone, the others' being
-numbers to it: its gradient is that of the whole batch for its own images.
+Every channel's power sums about a centre near its mean are added up, see `site_moments.power_sums`. Each place differentiates
+by its own moments alone, the others' being numbers to it: its gradient is that of the whole batch for its own images.
 """
 
 from __future__ import annotations
@@ -16,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ..site_moments import from_power_sums, power_sums
 
 
 @dataclass(frozen=True)
@@ -58,13 +56,13 @@ def merge(parts: Sequence[Part], device: torch.device) -> Part:
 
 def _sums(part: Part, centre: Tensor) -> tuple[Tensor, Tensor]:
     """Σ(x − c) and Σ(x − c)² [G, C], float64."""
-    sums = part.count * (part.mean.double() - centre)
-    return sums, part.count * part.var.double() + sums * (part.mean.double() - centre)
+    return power_sums(part.count, part.mean, part.count * part.var.double(), centre)
 
 
 def _moments(count: Tensor, sums: Tensor, squares: Tensor, centre: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    count = count.clamp(min=1)
-    return (centre + sums / count).to(dtype), ((squares - sums.square() / count) / count).clamp(min=0).to(dtype)
+    """mean and biased var [G, C] in this dtype."""
+    mean, m2 = from_power_sums(count, sums, squares, centre)
+    return mean.to(dtype), (m2 / count.clamp(min=1)).to(dtype)
 
 
 class _SumOverRanks(torch.autograd.Function):

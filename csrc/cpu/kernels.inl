@@ -768,6 +768,41 @@ BackwardFunction<A> select_backward_at_once(Act act) {
   }
 }
 
+// The same where act' comes from the mask, and dz is wanted for the residual.
+template <typename A, bool SAME>
+void masked_backward_at_once(Tile<const A> dy, Tile<const A> x, Shape shape, const uint8_t* flags, Coefficients<A> coefficients,
+                             A below, Tile<A> dz, Tile<A> dx) {
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    const A *x_row = x.data + r * x.stride, *dy_row = dy.data + r * dy.stride;
+    const uint8_t* flags_row = flags + r * shape.width;
+    A *dz_row = dz.data + r * dz.stride, *dx_row = dx.data + r * dx.stride;  // dx_row may be dy_row, as above
+    const A scale_r = coefficients.scale[SAME ? r : 0], mean_r = coefficients.mean[SAME ? r : 0];
+    const A a_r = coefficients.dmean[SAME ? r : 0], b_r = coefficients.dvar[SAME ? r : 0];
+    const auto element = [&](int64_t i, A dy_i) __attribute__((always_inline)) {
+      const A scale = SAME ? scale_r : coefficients.scale[i], mean = SAME ? mean_r : coefficients.mean[i];
+      const A a = SAME ? a_r : coefficients.dmean[i], b = SAME ? b_r : coefficients.dvar[i];
+      const A dz_i = (flags_row[i] ? A(1) : below) * dy_i;
+      dz_row[i] = dz_i;
+      dx_row[i] = scale * dz_i + (a + b * (x_row[i] - mean));
+    };
+    const auto vector = [&](int64_t begin, const A* dy) __attribute__((always_inline)) {
+#pragma GCC ivdep
+#pragma GCC unroll 1
+      for (int64_t i = 0; i < LANES<A>; ++i) element(begin + i, dy[i]);
+    };
+    if (shape.width < LANES<A>) {
+      for (int64_t i = 0; i < shape.width; ++i) element(i, dy_row[i]);
+      continue;
+    }
+    // The last vector once more where the row ends amid it, from what dy was there before.
+    A last[LANES<A>];
+    store_vector<A>(load_vector(dy_row + shape.width - LANES<A>), last);
+    int64_t i = 0;
+    for (; i + LANES<A> <= shape.width; i += LANES<A>) vector(i, dy_row + i);
+    if (i < shape.width) vector(shape.width - LANES<A>, last);
+  }
+}
+
 // An absent dvar must not touch x: 0·inf would be NaN.
 template <typename A, bool DY, bool DVAR, bool SAME>
 void combine(Tile<const A> dz, Tile<const A> x, Shape shape, Coefficients<A> coefficients, Tile<A> dx) {
@@ -812,6 +847,16 @@ struct BackwardTile {
     const Tile<A> dx = target(out, stride, shape, dx_buffer);
     if (at_once) {
       at_once(load(static_cast<const T*>(f.dy) + at, stride, shape, dy_buffer), x, shape, coefficients, A(f.slope), dx);
+      store(dx, out, stride, shape);
+      return;
+    }
+    if (f.dy && f.dvar && f.mask && f.dresidual) {
+      T* dresidual = static_cast<T*>(f.dresidual) + at;
+      const Tile<A> dz = target(dresidual, stride, shape, dz_buffer);
+      const Tile<const A> dy = load(static_cast<const T*>(f.dy) + at, stride, shape, dy_buffer);
+      unpack_tile(mask, shape, flags);
+      masked_backward_at_once<A, SAME>(dy, x, shape, flags, coefficients, A(lower_slope(f.act, f.slope)), dz, dx);
+      store(dz, dresidual, stride, shape);
       store(dx, out, stride, shape);
       return;
     }

@@ -1,0 +1,125 @@
+"""Which part of the recipe earns what: the table that `fidelity.py ablations` goes through, a line for each change.
+
+Every line changes one thing in `BASES`, which stays as it is when the shipped recipes become better, so that figures that were
+measured at different times can be compared. The page shows them against the first line. Digits are there to try the table on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Base:
+    """Fields of `SynthesisConfig`, and of `TrainConfig` but for model, epochs and seed."""
+
+    synthesis: dict
+    training: dict
+
+
+BASES = {  # by recipe
+    "cifar10": Base(
+        {
+            "batch_size": 50,
+            "low_resolution_iterations": 200,
+            "iterations": 200,
+            "first_site_weight": 10.0,
+            "tv_weight": 1.0,
+            "jitter": 2,
+            "flip": True,
+        },
+        {"batch_size": 32, "lr": 0.003, "shift": 0, "flip": True, "crop_scale": 0.2},
+    ),
+    "digits": Base(
+        {"batch_size": 100, "iterations": 300, "first_site_weight": 10.0},
+        {"batch_size": 64, "lr": 0.01, "shift": 1, "label_smoothing": 0.1},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line.
+
+    Attributes
+    ----------
+    name : of the change
+    part : of the recipe that it is a change of
+    synthesis, training : fields that are other than the base's
+    record : arguments of `bnfuse.record`
+    micro_batch : images in the network together
+    teachers : further ones, which the harness trains
+    images : of each class that are made, where more are matched together than the student sees
+    labels : what students learn, see `fidelity_cases.LABELS`
+    """
+
+    name: str
+    part: str
+    synthesis: dict = field(default_factory=dict)
+    record: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+    micro_batch: int | None = None
+    teachers: tuple[str, ...] = ()
+    images: int = 0
+    labels: tuple[str, ...] = ("soft", "hard")
+
+
+ABLATIONS = (
+    Variant("base", "", labels=("soft", "hard", "views")),
+    # targets
+    Variant("global targets", "targets", {"targets": "global"}),
+    Variant("running targets", "targets", {"targets": "running"}),
+    Variant("half global", "targets", {"global_share": 0.5}),
+    # iterations
+    Variant("iterations ÷ 2", "iterations", {"iterations": 100, "low_resolution_iterations": 100}),
+    Variant("iterations × 3", "iterations", {"iterations": 600, "low_resolution_iterations": 600}),
+    Variant("no half-size stage", "iterations", {"iterations": 250, "low_resolution_iterations": 0}),
+    Variant("lr ÷ 2", "iterations", {"lr": 0.05}),
+    Variant("lr × 2", "iterations", {"lr": 0.2}),
+    # weights
+    Variant("BN loss × 0.1", "weights", {"bn_weight": 0.1}),
+    Variant("BN loss × 10", "weights", {"bn_weight": 10.0}),
+    Variant("no cross-entropy", "weights", {"ce_weight": 0.0}),
+    Variant("no BN loss", "weights", {"bn_weight": 0.0}),
+    Variant("first site × 1", "weights", {"first_site_weight": 1.0}),
+    Variant("first site × 100", "weights", {"first_site_weight": 100.0}),
+    Variant("variances × 11", "weights", {"var_weight": 11.0}),
+    Variant("a third of the sites left out", "weights", {"site_drop": 0.33}),
+    # distances
+    Variant("squared L2", "distances", {"distance": "l2_squared"}),
+    Variant("mean squared error", "distances", {"distance": "mse"}),
+    Variant("L1", "distances", {"distance": "l1"}),
+    Variant("Gaussian KL", "distances", {"distance": "kl"}),
+    Variant("relative L2", "distances", {"relative": True, "bn_weight": 100.0}),
+    Variant("standard deviations", "distances", {"use_std": True}),
+    # what is matched together
+    Variant("batches of 10", "batches", {"batch_size": 10}),
+    Variant("batches of 200", "batches", {"batch_size": 200}, micro_batch=50, images=200),
+    Variant("batches of 512", "batches", {"batch_size": 512}, micro_batch=64, images=512),
+    Variant("ten classes a batch", "batches", {"batch_size": 500, "classes_per_batch": 10}, micro_batch=50),
+    Variant("mixed, one target", "batches", {"batch_size": 500, "classes_per_batch": 10, "groups": "batch"}, micro_batch=50),
+    # priors
+    Variant("no total variation", "priors", {"tv_weight": 0.0}),
+    Variant("total variation × 10", "priors", {"tv_weight": 10.0}),
+    Variant("L2 of pixels", "priors", {"l2_weight": 0.1}),
+    # views
+    Variant("no jitter, no flip", "views", {"jitter": 0, "flip": False}),
+    Variant("jitter 4", "views", {"jitter": 4}),
+    Variant("crops", "views", {"crop_scale": 0.25}),
+    Variant("crops, as a curriculum", "views", {"crop_scale": 0.25, "crop_curriculum": 1.0}),
+    # sub-classes
+    Variant("3 sub-classes", "sub-classes", record={"subclasses": 3}),
+    Variant("10 sub-classes", "sub-classes", record={"subclasses": 10}),
+    # sites
+    Variant("pixels too", "sites", {"sites": ("bn", "pixels")}, record={"sites": ("bn", "pixels")}),
+    Variant(
+        "pixel cells too, no half-size stage",
+        "sites",
+        {"sites": ("bn", "pixels@cells=8"), "iterations": 250, "low_resolution_iterations": 0},
+        record={"sites": ("bn", "pixels@cells=8")},
+    ),
+    Variant("convolutions too", "sites", {"sites": ("bn", "conv")}, record={"sites": ("bn", "conv")}),
+    # teachers
+    Variant("with a plain network", "teachers", teachers=("convnet3",)),
+    Variant("three teachers in turn", "teachers", {"teacher_plan": "in_turn"}, teachers=("convnet3", "resnet8")),
+)

@@ -1,0 +1,96 @@
+"""docs/recipes.md: each recipe's settings, and beside them what has been measured with it. Measures nothing.
+
+    python benchmarks/recipes_page.py
+
+writes the page once more, from `bnfuse/recipes.py` and benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+
+import fidelity_cases
+import fidelity_page
+from fidelity_page import gathered, ladder
+from report import ROOT, markdown, write_block
+from results_file import RESULTS
+
+from bnfuse.recipes import RECIPES, settings
+
+PAGE = ROOT / "docs/recipes.md"
+
+# What recipes.py measures, in the words of the page.
+STUDENTS = {
+    "real_hard": "as many real images, hard labels",
+    "synthetic_soft": "synthetic images, soft labels",
+    "synthetic_hard": "synthetic images, hard labels",
+    "noise_hard": "noise, hard labels",
+}
+DEMO = {
+    "real_student_accuracy": "the private digits",
+    "synthetic_student_accuracy": "synthetic digits",
+    "noise_student_accuracy": "noise",
+}
+
+
+def write_page() -> None:
+    """Every recipe's block of the page, from the table and the results that are there."""
+    for name in RECIPES:
+        write_block(PAGE, name, "\n\n".join([*described(name), *measured(name)]))
+
+
+def described(name: str) -> list[str]:
+    """What a recipe is for and its settings, in paragraphs."""
+    purpose = RECIPES[name].purpose
+    synthesis, training = settings(name)
+    return [f"For {purpose}.", f"{_command('synthesize', synthesis)}\n{_command('train', training)}"]
+
+
+def _command(name: str, flags: str) -> str:
+    lines = textwrap.wrap(f"bnfuse {name} … {flags}", 112, break_on_hyphens=False)
+    return textwrap.indent(" \\\n    ".join(lines), " " * 4)
+
+
+def measured(name: str) -> list[str]:
+    """Tables of the figures that have been kept, each with where they are from."""
+    result = _result(f"recipe_{name}")
+    parts = [] if result is None else _of_recipe(name, result)
+    if name == "digits" and (demo := _result("demo")) is not None:
+        parts += _of_demo(demo)
+    for problem in fidelity_cases.PROBLEMS.values():
+        cases = fidelity_cases.curves(problem)
+        if problem.recipe == name and (split := fidelity_page.split_shown(cases)):
+            parts += [f"**{problem.title}** ([more](fidelity.md)).", *ladder(problem, gathered(cases, split), split)]
+    return parts
+
+
+def _of_recipe(name: str, result: dict) -> list[str]:
+    percent = result["percent"]
+    rows = [[text, f"{percent[key]:.1f} %"] for key, text in STUDENTS.items() if key in percent]
+    tables = [markdown([["a student trained on", "accuracy on real images"], *rows])] if rows else []
+    recognised = (
+        f"The teacher takes {percent['recognised_by_teacher']:.0f} % of the images for what was asked of them. "
+        f"torch {result['torch']}, {result['date']}; `{result['command']}` "
+        f"([result](../benchmarks/results/recipe_{name}.json))."
+    )
+    return [*tables, recognised]
+
+
+def _of_demo(demo: dict) -> list[str]:
+    rows = [[text, f"{demo[key]:.1%}".replace("%", " %")] for key, text in DEMO.items()]
+    return [
+        markdown([["a student trained on", "accuracy on real digits"], *rows]),
+        f"{demo['images']:,} synthetic images, made in {demo['synthesis_seconds']:.0f} s. torch {demo['torch']}, "
+        f"{demo['date']}; `bnfuse demo` ([result](../benchmarks/results/demo.json)).",
+    ]
+
+
+def _result(name: str) -> dict | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+if __name__ == "__main__":
+    write_page()
+    print(f"wrote {PAGE}")

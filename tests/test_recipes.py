@@ -1,0 +1,72 @@
+"""The recipes that ship: both configs are what the table says; the command line takes them, and flags that stand on it win."""
+
+import json
+
+import pytest
+
+from bnfuse import InputError, SynthesisConfig, TrainConfig, demo, recipe
+from bnfuse.card import read_card
+from bnfuse.cli import main
+from bnfuse.recipes import RECIPES, listing, settings
+
+FLOW = ["--teacher", "teacher/model.safetensors", "--statistics", "statistics.safetensors"]
+
+
+def run(line: str) -> int:
+    return main(line.split())
+
+
+def test_recipes_are_two_configs_and_changes_win():
+    assert list(RECIPES) == ["digits", "cifar10", "imagenet"]
+    for name, each in RECIPES.items():
+        synthesis, training = each.synthesis_config(), each.train_config()
+        assert each.name == name and synthesis.recipe == name == training.recipe
+        assert synthesis.soft_labels == each.soft_labels
+        assert all(getattr(synthesis, field) == value for field, value in each.synthesis.items())
+        assert all(getattr(training, field) == value for field, value in each.training.items())
+        assert each.synthesis_config(lr=0.125).lr == 0.125 == each.train_config(lr=0.125).lr
+        assert each.synthesis_config(soft_labels=not each.soft_labels).soft_labels != each.soft_labels
+    with pytest.raises(InputError, match="no recipe is called 'mnist'; choose one of digits, cifar10, imagenet"):
+        recipe("mnist")
+
+
+def test_the_demo_runs_a_recipe():
+    assert demo.SYNTHESIS == recipe("digits").synthesis_config() and demo.STUDENT == recipe("digits").train_config()
+
+
+@pytest.mark.parametrize("command", ("synthesize", "train"))
+def test_settings_are_what_the_command_line_takes(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(f"{command} --list-recipes")
+    assert ended.value.code == 0 and capsys.readouterr().out == listing() + "\n"
+    synthesis, training = settings("cifar10")
+    assert "--low-resolution-iterations 200" in synthesis and synthesis.endswith("--flip --soft-labels")
+    assert "--crop-scale 0.2" in training and training.endswith("--soft-labels")
+
+
+def test_the_flow_by_a_recipe(tmp_path, monkeypatch, capsys):
+    """The digits' own, and CIFAR-10's for its soft labels; both a little shorter."""
+    monkeypatch.chdir(tmp_path)
+    assert run("train --data digits:train --out teacher --model resnet8 --epochs 1") == 0
+    assert run("record --teacher teacher/model.safetensors --data digits:train --out statistics.safetensors") == 0
+    short = "--images-per-class 2 --iterations 2 --low-resolution-iterations 0"
+    flow = f"synthesize {' '.join(FLOW)} {short}"
+    for name in ("digits", "cifar10"):
+        assert run(f"{flow} --recipe {name} --out made/{name}") == 0
+        config = SynthesisConfig.from_card(read_card(tmp_path / "made" / name))
+        assert config == recipe(name).synthesis_config(images_per_class=2, iterations=2, low_resolution_iterations=0)
+
+    trained = lambda: json.loads((tmp_path / "student" / "metrics.json").read_text())["config"]
+    assert run("train --recipe cifar10 --data made/cifar10 --out student --epochs 2 --model resnet8") == 0
+    assert TrainConfig(**trained()) == recipe("cifar10").train_config(epochs=2, model="resnet8")
+    capsys.readouterr()
+    refused = "train --recipe cifar10 --data digits --out student --epochs 1 --model resnet8"
+    assert run(refused) == 2 and "has no soft labels" in capsys.readouterr().err  # the recipe's students learn those
+    assert run(f"{refused} --labels hard") == 0
+    assert run("train --recipe digits --data digits --out student --epochs 1 --model resnet8") == 0
+    assert trained()["label_smoothing"] == 0.1
+
+    assert run(f"{flow} --recipe digits --preset cda --out other") == 2
+    assert "begin from one of a preset and a recipe, got both: preset='cda', recipe='digits'" in capsys.readouterr().err
+    assert run(f"{flow} --recipe mnist --out other") == 2 and run("train --recipe mnist --data digits --out other") == 2
+    assert capsys.readouterr().err.count("no recipe is called 'mnist'") == 2
