@@ -58,7 +58,7 @@ def quicken(monkeypatch):
 
 def test_a_class_of_originals_is_learnt_and_noise_is_not_taken_for_it(finding):
     positive, *negative = finding.controls
-    assert positive.kind == "positive" and positive.value >= 0.9 and positive.passed
+    assert positive.kind == "positive" and positive.value >= 0.9 and positive.passed and positive.needed == "at least 0.9"
     assert [control.kind for control in negative] == ["negative", "negative"]
     assert all(control.value <= 0.2 and control.passed for control in negative)
     assert finding.verdict in ("no leak seen", "diagnostic") and not finding.failed_controls
@@ -68,7 +68,9 @@ def test_the_judge_knows_real_images_and_takes_noise_for_no_class(context, judge
     images, labels = context.heldout.batch(torch.arange(len(context.heldout)))
     said = gan.probabilities(judge, images, context.device)
     assert said.shape == (359, 11) and (said.argmax(1) == labels).double().mean() > 0.95
-    assert said.gather(1, labels[:, None]).mean() > 0.9
+    certain, right = gan.competence(judge, context)
+    assert right == pytest.approx((said.argmax(1) == labels).double().mean().item())
+    assert certain == pytest.approx(said.gather(1, labels[:, None]).mean().item()) and gan.needed(certain) == 0.9
     noise = torch.rand(300, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     assert gan.probabilities(judge, noise, context.device)[:, :10].mean(0).max() <= 0.2
 
@@ -130,13 +132,17 @@ def test_what_cannot_be_dealt_out_is_refused():
         deal(one, 0, 2, torch.Generator())
     with pytest.raises(InputError, match="participants must be 2 or more, an adversary and a victim, got 1"):
         Federation(rounds=1, steps=1, participants=1)
+    with pytest.raises(InputError, match="waits must be fewer than the 3 rounds, or no attack begins, got 3"):
+        Federation(rounds=3, steps=1, waits=3)
 
 
-def test_the_adversary_calls_what_he_generates_by_a_class_of_his_own(context, monkeypatch):
+def test_the_adversary_waits_then_calls_what_he_generates_by_a_class_of_his_own(context, monkeypatch):
     seen, batch = [], federation.Adversary.batch
     monkeypatch.setattr(federation.Adversary, "batch", lambda self: seen.append(batch(self)) or seen[-1])
-    attack(context, TINY.federation, context.private, 3, 4, "labels")
-    images, labels = seen[0]
+    config = dataclasses.replace(TINY.federation, rounds=2, waits=1)
+    attack(context, config, context.private, 3, 4, "labels")
+    (_, waiting), (images, labels) = seen
+    assert len(waiting) == 40 and waiting.max() < 10
     assert len(images) == 40 and (labels == 10).sum() == 8 and (labels[-8:] == 10).all() and 3 not in labels
 
 
@@ -238,7 +244,6 @@ def test_a_leak_is_what_is_nearer_to_private_images_than_chance_and_than_what_wa
     assert gan.conclude(at(near), at(published), p)[0] == outcome
 
 
-def test_no_more_is_asked_of_generated_images_than_of_real_ones_but_more_than_half():
-    for real, asked in ((0.97, 0.9), (0.7, 0.7), (0.3, 0.5)):
-        zeros = torch.zeros(4, dtype=torch.float64)
-        assert gan.needed(gan.Examined(zeros, zeros + real, zeros, zeros, zeros, zeros)) == pytest.approx(asked)
+@pytest.mark.parametrize(("certain", "asked"), [(0.97, 0.9), (0.7, 0.7), (0.3, 0.5)])
+def test_no_more_is_asked_of_generated_images_than_of_real_ones_but_one_half_at_least(certain, asked):
+    assert gan.needed(certain) == asked

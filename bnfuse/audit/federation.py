@@ -32,6 +32,7 @@ class Federation:
     Attributes
     ----------
     rounds : in each every participant trains once
+    waits : rounds before the adversary begins, as the paper has it: a network that knows nothing has nothing to teach
     steps : of the generator in a round
     images : that a participant trains on in a round, at most
     fakes : of the adversary's, that are generated; fewer than `images`
@@ -45,6 +46,7 @@ class Federation:
 
     rounds: int
     steps: int
+    waits: int = 0
     images: int = 256
     fakes: int = 32
     participants: int = 2
@@ -58,6 +60,8 @@ class Federation:
     def __post_init__(self):
         if self.participants < 2:
             raise InputError(f"participants must be 2 or more, an adversary and a victim, got {self.participants}")
+        if not self.waits < self.rounds:
+            raise InputError(f"waits must be fewer than the {self.rounds} rounds, or no attack begins, got {self.waits}")
 
 
 # ---- networks ----
@@ -150,11 +154,14 @@ class Adversary(Participant):
 
     def __init__(self, *arguments, generator: Generator, target: int, fake: int):
         super().__init__(*arguments)
-        self.generator, self.target, self.fake = generator, target, fake
+        self.generator, self.target, self.fake, self.waits = generator, target, fake, self.config.waits
         self.generator_optimizer = torch.optim.Adam(generator.parameters(), self.config.generator_lr, betas=(0.5, 0.999))
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Teaches the generator to please the shared network, then mixes what it generates into images of his own."""
+        if self.waits > 0:
+            self.waits -= 1
+            return super().batch()
         size = self.config.batch_size
         wanted = torch.full((size,), self.target, device=self.images.device)
         for _ in range(self.config.steps):
