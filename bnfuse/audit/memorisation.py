@@ -260,9 +260,10 @@ def correlation(vector: Tensor, values: Tensor) -> Tensor:
 
 
 def shifted_deviation(a: Tensor, b: Tensor) -> float:
-    """Standard deviation of the correlation of two vectors over all shifts of one along the other, end to end: what chance gives.
+    """Standard deviation of the correlation of two vectors over all shifts of one along the other: what chance gives.
 
-    More than 1/√n, where neighbours in both are alike, as pixels are, and as weights of one filter may be.
+    The end of a shifted one comes in again at its beginning. More than 1/√n, where neighbours in both are alike, as pixels
+    are, and as weights of one filter may be.
     """
     a, b = ((v - v.mean()) / (v - v.mean()).norm() for v in (a.double(), b.double()))
     return torch.fft.irfft(torch.fft.rfft(a) * torch.fft.rfft(b).conj(), len(a)).std().item()
