@@ -12,6 +12,7 @@ from bnfuse.audit import ARMS, membership, pipeline, tracing
 from bnfuse.audit.canaries import Guesses, epsilon_lower_bound
 from bnfuse.audit.context import prepare
 from bnfuse.audit.pipeline import confidence, learn, synthesised
+from bnfuse.audit.findings import Figure
 from bnfuse.audit.scores import Scores
 from bnfuse.datasets import ArrayDataset, load_dataset
 from bnfuse.models import freeze
@@ -96,6 +97,19 @@ def test_an_overfitted_network_gives_its_members_away_and_published_originals_ar
     assert [row.figures[0].name for row in finding.rows] == ["TPR at 1 % FPR"] * 3
     assert {row.arm for row in finding.rows} == set(ARMS)
     assert any("0.1 % FPR (needs 1,000)" in note for note in finding.notes)  # there are 359 held-out images
+
+
+def test_the_sentence_is_about_the_best_of_the_attacks_that_succeeded():
+    aucs = {"AUC": 0.5, "AUC, loss alone": 0.9, "AUC, LiRA, shadows": 0.53, "AUC, RMIA, shadows": 0.52}
+    rates = {name.replace("AUC", "TPR at 1 % FPR"): 100 * value for name, value in aucs.items()}
+    given = [Figure(name, value) for name, value in (aucs | rates).items()]
+    found = membership._sentence(["LiRA, shadows", "RMIA, shadows", "canaries"], given)
+    assert (
+        "better than by chance (LiRA with shadow pipelines, RMIA with shadow pipelines, canaries): by LiRA with shadow" in found
+    )
+    assert "53 times in 100" in found and "of 100 members 53.0 are found" in found
+    assert "by a student's loss a member looks more like one than a stranger does 50" in membership._sentence([], given)
+    assert "a student's loss" in membership._sentence(["calibrated loss", "canaries"], given)
 
 
 def test_images_that_know_nothing_of_the_private_ones_are_no_leak(make_context, digits):

@@ -8,6 +8,7 @@ become rates in `scores`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from .shadows import halves, offline
 
 NAME, TITLE = "membership", "Membership inference"
 NEEDS = {"heldout"}
+_CALIBRATED = "calibrated loss"  # the headline's attack, in words
 STRICT = 0.999  # confidence of the intervals that decide negative controls: with 0.95 one in twenty would fail for nothing
 
 
@@ -420,7 +422,7 @@ def _signs(context: Context, result: _Result, arm: str) -> list[str]:
         low, _ = scores.auc_interval(context.rng(NAME, "sign", arm, attack), 1 - 2 * error, resamples=4000)
         rate = scores.tpr(0.01)
         if low > 0.5 or (rate is not None and rate.above_chance):
-            signs.append(attack or "calibrated loss")
+            signs.append(attack or _CALIBRATED)
     if arm in result.guesses:
         guesses = result.guesses[arm]
         if epsilon_lower_bound(guesses.right, guesses.made, 1 - error) > 0:
@@ -428,20 +430,32 @@ def _signs(context: Context, result: _Result, arm: str) -> list[str]:
     return signs
 
 
+def _sentence(signs: list[str], figures: list[Figure]) -> str:
+    """Which attacks on the synthetic images succeeded, and how well the best of them; where none did, the loss attack."""
+    named = {figure.name: figure.value for figure in figures}
+
+    def value(name: str, attack: str) -> float:
+        return named[name if attack == _CALIBRATED else f"{name}, {attack}"]
+
+    best = max((sign for sign in signs if sign != "canaries"), key=lambda sign: value("AUC", sign), default=_CALIBRATED)
+    rate = value("TPR at 1 % FPR", best)
+    caught = "" if math.isnan(rate) else f", and of 100 members {rate:.1f} are found at one false alarm in 100"
+    by = "a student's loss" if best == _CALIBRATED else _in_words(best)
+    how = f"by {by} a member looks more like one than a stranger does {100 * value('AUC', best):.0f} times in 100{caught}"
+    told = f"can be told from the synthetic images better than by chance ({', '.join(map(_in_words, signs))})"
+    if not signs:
+        told = "could not be told from the synthetic images better than by chance"
+    return f"Whose image was among the private ones {told}: {how}."
+
+
+def _in_words(attack: str) -> str:
+    return attack.replace(", shadows", " with shadow pipelines")
+
+
 def _finding(context: Context, result: _Result) -> Finding:
     signs = {arm: _signs(context, result, arm) for arm in ARMS}
-    rows = [
-        Row(arm, _figures(context, result, arm), f"told by {', '.join(signs[arm])}" if signs[arm] else "no better than chance")
-        for arm in ARMS
-    ]
-    found = result.calibrated["synthetic"]
-    rate, auc = found.tpr(0.01), found.auc()
-    caught = f", and of 100 members {100 * rate.value:.1f} are found at one false alarm in 100" if rate else ""
-    by_loss = f"by a student's loss a member looks more like one than a stranger does {100 * auc:.0f} times in 100{caught}"
-    if signs["synthetic"]:
-        told = f"can be told from the synthetic images better than by chance ({', '.join(signs['synthetic'])})"
-    else:
-        told = "could not be told from the synthetic images better than by chance"
+    readings = {arm: f"told by {', '.join(map(_in_words, signs[arm]))}" for arm in ARMS if signs[arm]}
+    rows = [Row(arm, _figures(context, result, arm), readings.get(arm, "no better than chance")) for arm in ARMS]
     if not result.comparable:
         result.notes.append(
             "Even networks that have seen neither tell the private images from the held-out ones, so these differ in kind, and "
@@ -454,7 +468,7 @@ def _finding(context: Context, result: _Result) -> Finding:
         result.controls,
         bounds=_BOUNDS,
         does_not_bound=_DOES_NOT_BOUND,
-        sentence=f"Whose image was among the private ones {told}: {by_loss}.",
+        sentence=_sentence(signs["synthetic"], rows[ARMS.index("synthetic")].figures),
         outcome=LEAK if signs["synthetic"] else NO_LEAK,
         pictures=result.pictures,
         notes=[*result.notes, _INTERVALS],
