@@ -11,8 +11,8 @@ from bnfuse import InputError, Teacher
 from bnfuse.audit import ARMS, membership, pipeline, tracing
 from bnfuse.audit.canaries import Guesses, epsilon_lower_bound
 from bnfuse.audit.context import prepare
-from bnfuse.audit.pipeline import confidence, learn, synthesised
 from bnfuse.audit.findings import Figure
+from bnfuse.audit.pipeline import confidence, learn, synthesised
 from bnfuse.audit.scores import Scores
 from bnfuse.datasets import ArrayDataset, load_dataset
 from bnfuse.models import freeze
