@@ -15,19 +15,20 @@ class Features:
     ----------
     model : its last linear layer to run is the classifier
     otherwise : what to do where it has no linear layer, for the message
+    name : what the message calls it, default its class
 
     Raises
     ------
     InputError : it has none
     """
 
-    def __init__(self, model: nn.Module, otherwise: str):
+    def __init__(self, model: nn.Module, otherwise: str, name: str | None = None):
         self.model = model
         self._seen: list[Tensor] = []  # inputs of the linear layers that ran in this pass
         layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
         if not layers:
             raise InputError(
-                f"features are taken before the teacher's last linear layer, and this one ({type(model).__name__}) has none: "
+                f"features are taken before the teacher's last linear layer, and {name or type(model).__name__} has none: "
                 f"{otherwise}"
             )
         keep = lambda _layer, inputs: self._seen.append(inputs[0].detach())

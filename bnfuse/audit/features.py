@@ -29,7 +29,8 @@ def features(teacher: Teacher, data: ArrayDataset, device: torch.device, batch_s
     InputError
         The teacher has no linear layer.
     """
-    with Features(teacher.model, "leave the teacher out, and images are compared by their pixels alone") as taken:
+    otherwise = "leave the teacher out, and images are compared by their pixels alone"
+    with Features(teacher.model, otherwise, teacher.architecture) as taken:
         batches = (data.batch(part)[0] for part in torch.arange(len(data)).split(batch_size))
         return torch.cat([taken.of(teacher.preprocessing.normalize(images.to(device))) for images in batches])
 
