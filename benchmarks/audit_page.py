@@ -4,7 +4,7 @@
     python benchmarks/audit_page.py runs/cifar10_audit     # into benchmarks/results, docs/audit.md and docs/images/audit
     python benchmarks/audit_page.py --report               # the page once more, from the results
 
-The pictures show private images: only an audit of images that everybody may see is to be kept.
+Pictures that show private images are to be left out (--without 'gan-*' 'quality-pairs' …) unless everybody may see these.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from report import ROOT, markdown, write_block
@@ -73,9 +75,13 @@ def _plain(text: str) -> str:
     return " ".join(text.replace("|", "/").split())
 
 
-def keep(out: Path) -> dict:
-    """Copies an audit's figures and pictures to where the page has them from; returns the figures."""
+def keep(out: Path, without: Sequence[str] = ()) -> dict:
+    """Copies an audit's figures and pictures, but for those whose names fit a pattern of `without`, to where the page has them
+    from; returns the figures."""
     record = json.loads((out / RECORD).read_text())
+    for finding in record["findings"]:
+        left = lambda picture: any(fnmatch(Path(picture["path"]).stem, pattern) for pattern in without)
+        finding["pictures"] = [picture for picture in finding["pictures"] if not left(picture)]
     shutil.rmtree(PICTURES, ignore_errors=True)
     PICTURES.mkdir(parents=True)
     for finding in record["findings"]:
@@ -89,10 +95,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("audit", nargs="?", type=Path, metavar="DIR", help="the folder that `bnfuse audit --out` named")
     parser.add_argument("--report", action="store_true", help="write the page from the results that are kept")
+    parser.add_argument("--without", nargs="+", default=[], metavar="PATTERN", help="names of pictures that are left out")
     args = parser.parse_args()
     if args.report == (args.audit is not None):
         parser.error("give the folder of an audit, or --report")
-    write_report(json.loads((RESULTS / f"{NAME}.json").read_text()) if args.report else keep(args.audit))
+    write_report(json.loads((RESULTS / f"{NAME}.json").read_text()) if args.report else keep(args.audit, args.without))
 
 
 if __name__ == "__main__":
