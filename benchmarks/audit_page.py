@@ -4,7 +4,7 @@
     python benchmarks/audit_page.py runs/cifar10_audit     # into benchmarks/results, docs/audit.md and docs/images/audit
     python benchmarks/audit_page.py --report               # the page once more, from the results
 
-Pictures that show private images are to be left out (--without 'gan-*' 'quality-pairs' …) unless everybody may see these.
+Pictures are kept as anybody may see them, without private images.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Sequence
-from fnmatch import fnmatch
+from dataclasses import asdict
 from pathlib import Path
 
 from report import ROOT, markdown, write_block
 from results_file import RESULTS
 
 from bnfuse.audit import ARMS
-from bnfuse.audit.findings import VOID, Finding
+from bnfuse.audit.findings import VOID, Finding, Picture
 from bnfuse.audit.report import ARM_NAMES, figure_text, interval_text
 from bnfuse.audit.running import RECORD
 from bnfuse.files import write_atomically
@@ -75,18 +74,17 @@ def _plain(text: str) -> str:
     return " ".join(text.replace("|", "/").split())
 
 
-def keep(out: Path, without: Sequence[str] = ()) -> dict:
-    """Copies an audit's figures and pictures, but for those whose names fit a pattern of `without`, to where the page has them
-    from; returns the figures."""
+def keep(out: Path) -> dict:
+    """Copies an audit's figures, and its pictures without private images, to where the page has them from; returns the
+    figures."""
     record = json.loads((out / RECORD).read_text())
-    for finding in record["findings"]:
-        left = lambda picture: any(fnmatch(Path(picture["path"]).stem, pattern) for pattern in without)
-        finding["pictures"] = [picture for picture in finding["pictures"] if not left(picture)]
     shutil.rmtree(PICTURES, ignore_errors=True)
     PICTURES.mkdir(parents=True)
     for finding in record["findings"]:
-        for picture in finding["pictures"]:
-            shutil.copy(out / picture["path"], PICTURES)
+        pictures = [*filter(None, (Picture(**picture).published() for picture in finding["pictures"]))]
+        for picture in pictures:
+            shutil.copy(out / picture.path, PICTURES)
+        finding["pictures"] = [asdict(picture) for picture in pictures]
     write_atomically(RESULTS / f"{NAME}.json", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
     return record
 
@@ -95,11 +93,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("audit", nargs="?", type=Path, metavar="DIR", help="the folder that `bnfuse audit --out` named")
     parser.add_argument("--report", action="store_true", help="write the page from the results that are kept")
-    parser.add_argument("--without", nargs="+", default=[], metavar="PATTERN", help="names of pictures that are left out")
     args = parser.parse_args()
     if args.report == (args.audit is not None):
         parser.error("give the folder of an audit, or --report")
-    write_report(json.loads((RESULTS / f"{NAME}.json").read_text()) if args.report else keep(args.audit, args.without))
+    write_report(json.loads((RESULTS / f"{NAME}.json").read_text()) if args.report else keep(args.audit))
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ def _audit(args) -> None:
         command=command_line(**{name: value for name, value in vars(args).items() if name not in unneeded}),
     )
     print(verdict_lines(result.findings))
+    print(f"the report without private images: {result.public_report}")
     print(f"the report, which shows private images: {result.report}")
 
 

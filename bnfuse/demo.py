@@ -124,6 +124,7 @@ def run_demo(out: str | Path = "runs/demo", *, seed: int = 0) -> dict:
         f"the dataset: {out / 'synthetic'}; the figures: {out / 'summary.json'}\n"
     )
     print(f"The audit ({audited.seconds:.0f} s; it shows private digits)\n{verdict_lines(audited.findings)}\n")
+    print(f"to be shown to others, without private digits: {audited.public_report}")
     print(f"read it: {audited.report.resolve().as_uri()}")
     return summary
 

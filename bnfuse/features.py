@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
+from .sites import Observation
 
 
-class Features:
+class Features(Observation):
     """Looks at a network until `remove` is called, or the ``with`` that it stands in ends.
 
     Parameters
@@ -32,7 +33,7 @@ class Features:
                 f"{otherwise}"
             )
         keep = lambda _layer, inputs: self._seen.append(inputs[0].detach())
-        self._hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
+        super().__init__([layer.register_forward_pre_hook(keep) for layer in layers])
 
     @torch.no_grad()
     def of(self, inputs: Tensor) -> Tensor:
@@ -40,13 +41,3 @@ class Features:
         self._seen.clear()
         self.model(inputs)
         return self._seen[-1].flatten(1).float().cpu()
-
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def __enter__(self) -> Features:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.remove()

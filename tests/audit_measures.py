@@ -26,7 +26,7 @@ def module(name, run, title="A measure", needs=frozenset()):
 
 
 def finding(context, name="first", *, positive=True, negative=True, outcome="no leak seen", title="A measure", **more):
-    """A finding with a figure for each arm and the held-out images, and two pictures."""
+    """A finding with a figure for each arm and the held-out images, and three pictures: private, partly so, and not."""
     rows = [
         Row(
             arm,
@@ -40,9 +40,11 @@ def finding(context, name="first", *, positive=True, negative=True, outcome="no 
         Control("noise in the place of images", 0.51, "at most 0.6", negative, kind="negative"),
     ]
     images = [[(context.images(arm)[i][0] * 255).byte() for i in range(6)] for arm in ARMS]
+    wide = Image.linear_gradient("L").resize((2400, 300))
     pictures = [
-        context.picture(f"{name}-pairs", grid(images), "Original, synthetic and noised images, a row each."),
-        context.picture(f"{name}-wide", Image.linear_gradient("L").resize((2400, 300)), "A gradient wider than any screen."),
+        context.picture(f"{name}-originals", grid(images[:1]), "Original images."),
+        context.picture(f"{name}-pairs", grid(images), "Original, synthetic and noised images, a row each.", grid(images[1:2])),
+        context.picture(f"{name}-wide", wide, "A gradient wider than any screen.", wide),
     ]
     fields = {
         "rows": rows,

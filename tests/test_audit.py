@@ -250,7 +250,7 @@ def test_a_second_run_makes_nothing_again_unless_its_inputs_changed(measures, tm
     again = bnfuse.audit(private, synthetic, heldout, tmp_path)
     assert measures == ["first", "second"] and again.verdicts["first"] == "no leak seen"
 
-    (tmp_path / "pictures" / "second-wide.png").unlink()
+    (tmp_path / "pictures" / "second-pairs-public.png").unlink()
     (tmp_path / "findings" / "first.json").write_text('{"key": ')
     bnfuse.audit(private, synthetic, heldout, tmp_path)
     assert measures == ["first", "second"] * 2
@@ -370,6 +370,7 @@ def test_the_command_line_runs_it_and_says_where_the_report_is(measures, tmp_pat
     arguments = ["audit", "--private", "digits:train", "--synthetic", "digits:train", "--heldout", "digits:test"]
     assert main([*arguments, "--only", "first", "--out", str(out), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out.splitlines()
+    assert printed[-2] == f"the report without private images: {out / 'audit_public.html'}"
     assert printed[-1] == f"the report, which shows private images: {out / 'audit.html'}"
     assert any("no leak seen" in line for line in printed) and measures == ["first"]
     command = json.loads((out / "audit.json").read_text())["command"]

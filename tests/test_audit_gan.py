@@ -167,6 +167,7 @@ def test_the_finding_has_every_arm_beside_held_out_images(context, finding):
     assert len(finding.pictures) == 3 and all(
         (context.out / picture.path).stat().st_size > 1000 for picture in finding.pictures
     )
+    assert [picture.public for picture in finding.pictures] == [None, "pictures/gan-synthetic-public.png", None]
 
 
 def test_one_seed_gives_one_attack_and_another_arm_another(context):

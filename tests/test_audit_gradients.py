@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from bnfuse.audit import gradients
 from bnfuse.audit.context import Context, prepare
-from bnfuse.audit.recovery import Comparison, bytes_of, conclude, nearest_private, psnr, sheet
+from bnfuse.audit.recovery import Comparison, bytes_of, conclude, nearest_private, psnr, sheet, sheets
 from bnfuse.datasets import ArrayDataset, load_dataset
 
 QUICK = gradients.BUDGETS["quick"]
@@ -103,6 +103,7 @@ def test_the_finding_has_every_arm_its_controls_and_pictures_of_them(context):
     assert len(finding.pictures) == 3 and all(
         (context.out / picture.path).stat().st_size > 1000 for picture in finding.pictures
     )
+    assert [picture.public for picture in finding.pictures] == [None, "pictures/gradients-synthetic-public.png", None]
     assert not finding.failed_controls and finding.to_dict()["verdict"] == finding.outcome
 
 
@@ -170,3 +171,10 @@ def test_a_private_image_is_its_own_nearest_at_infinite_psnr(context):
 def test_pictures_show_images_of_any_number_of_channels():
     for channels in (1, 3):
         sheet({"first": torch.rand(3, channels, 8, 8), "fewer": torch.rand(2, channels, 8, 8)}, ["a", "b", "c"])
+
+
+def test_what_everybody_may_see_has_no_private_row_and_nothing_of_private_arms():
+    rows = {name: torch.rand(2, 3, 8, 8) for name in ("private:\ntrained on", "recovered", "dog: nearest\nprivate")}
+    whole, public = sheets(rows, ["a", "b"], "synthetic")
+    assert len(whole.axes) == 6 and [axes.get_ylabel() for axes in public.axes[::2]] == ["private:\ntrained on", "recovered"]
+    assert sheets(rows, ["a", "b"], "original")[1] is None and sheets(rows, ["a", "b"], "noised")[1] is None

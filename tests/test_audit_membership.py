@@ -165,12 +165,13 @@ def test_canaries_among_originals_are_guessed_and_bound_epsilon(make_context):
 
 def test_all_tiers_run_and_are_told_arm_by_arm(make_context):
     finding = membership.run(make_context(), TINY)
+    assert [row.figures[0].name for row in finding.rows] == ["TPR at 1 % FPR, LiRA, shadows"] * 3  # the strongest attack
     for arm in ARMS:
         names = figures(finding, arm)
         for attack in ("", ", loss alone", ", LiRA, shadows", ", RMIA, shadows"):
             assert {f"TPR at 1 % FPR{attack}", f"TPR at 0.1 % FPR{attack}", f"AUC{attack}"} <= set(names)
         assert "ε lower bound, canaries" in names
-    assert [picture.path for picture in finding.pictures] == [
+    assert [picture.public for picture in finding.pictures] == [
         "pictures/membership-roc.png",
         "pictures/membership-canaries.png",
     ]

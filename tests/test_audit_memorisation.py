@@ -118,6 +118,7 @@ def test_every_arm_has_its_images_decoded_and_only_the_originals_are_private(fin
     assert "whoever trains on the synthetic" in finding.bounds and "Membership inference" in finding.does_not_bound
     assert finding.verdict == finding.outcome and len(finding.pictures) == 3
     assert all((context.out / picture.path).stat().st_size > 1000 for picture in finding.pictures)
+    assert [picture.public for picture in finding.pictures] == [None, "pictures/memorisation-synthetic-public.png", None]
 
 
 def test_private_images_among_the_synthetic_ones_are_decoded_as_such(tmp_path):

@@ -161,6 +161,8 @@ def test_real_images_that_were_not_used_are_no_leak_nor_is_noise(synthetic, digi
         assert Finding.from_dict(finding.to_dict()).verdict == finding.verdict
         assert len(finding.pictures) == {"quality": 2, "neighbours": 4}[finding.measure]
         assert all((tmp_path / picture.path).stat().st_size > 500 for picture in finding.pictures)
+        plots = ("pictures/quality-metrics.png", "pictures/neighbours-distances.png")  # the rest show private images
+        assert all(picture.public == (picture.path if picture.path in plots else None) for picture in finding.pictures)
 
 
 @pytest.mark.parametrize("deviation", [0, 3])

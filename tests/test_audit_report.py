@@ -168,7 +168,7 @@ def test_an_interval_has_the_decimals_of_its_figure():
 
 def test_pictures_are_inside_and_keep_their_pixels_where_they_are_small(page, audited):
     images = [attributes for tag, attributes in Reader(page).tags if tag == "img"]
-    assert len(images) == 12 and all(image["src"].startswith("data:image/png;base64,") for image in images)
+    assert len(images) == 18 and all(image["src"].startswith("data:image/png;base64,") for image in images)
     assert all(image["alt"] for image in images)
 
 
@@ -185,6 +185,20 @@ def test_large_pictures_are_made_small_enough(monkeypatch, tmp_path):
         assert sum(map(len, contents)) <= limit
         with Image.open(io.BytesIO(contents[0])) as picture:
             assert picture.width == width
+
+
+def test_the_public_report_shows_no_private_image(page, audited):
+    public = audited.public_report.read_text()
+    shown = [attributes for tag, attributes in Reader(public).tags if tag == "img"]
+    rows = "Original, synthetic and noised images, a row each. Private images are left out."
+    assert [image["alt"] for image in shown] == [rows, "A gradient wider than any screen."] * 6
+    pixels = base64.b64decode(shown[0]["src"].partition("base64,")[2])
+    assert pixels == (audited.out / "pictures" / "quality-pairs-public.png").read_bytes()
+    assert "Not for publication" in words(page) and "Not for publication" not in words(public)
+    assert "are left out of this page" in words(public) and "are left out of this page" not in words(page)
+    without_figures = lambda text: re.sub("<figure>.*?</figure>", "", text, flags=re.DOTALL)
+    for measure in made_up.gallery():
+        assert words(without_figures(section(public, measure))) == words(without_figures(section(page, measure)))
 
 
 # ---- in a browser ----
@@ -234,10 +248,11 @@ def test_the_browser_tells_of_errors_and_requests(tmp_path):
 
 
 @pytest.mark.parametrize("screen", WIDTHS)
-def test_it_opens_without_errors_or_requests(screen, audited, tmp_path):
+@pytest.mark.parametrize("which", ["report", "public_report"])
+def test_it_opens_without_errors_or_requests(which, screen, audited, tmp_path):
     picture = tmp_path / f"{screen}.png"
     size = f"--window-size={WIDTHS[screen]},2000"
-    dom, console, requests = visit(audited.report, tmp_path, size, f"--screenshot={picture}", "--dump-dom")
+    dom, console, requests = visit(getattr(audited, which), tmp_path, size, f"--screenshot={picture}", "--dump-dom")
     assert console == [] and requests == []
     if dom:  # not every browser writes both
         headings = [
@@ -306,7 +321,12 @@ def test_an_audit_becomes_a_table_and_pictures_in_docs(docs, audited):
     void = next(row for row in rows if row.startswith("| Gradient"))
     assert "~~0.100 dB (0.050 to 0.500)~~" in void and "**void**" in void and "failed where it had to succeed" in void
     assert any("**leak**" in row and "12 in 100" in row for row in rows)
-    assert (docs.PICTURES / "quality-pairs.png").is_file() and "(images/audit/quality-pairs.png)" in written
+    kept = {path.name for path in docs.PICTURES.iterdir()}
+    assert kept >= {"quality-pairs-public.png", "quality-wide.png"} and not kept & {
+        "quality-pairs.png",
+        "quality-originals.png",
+    }
+    assert all(f"(images/audit/{name})" in written for name in kept)
     assert json.loads((docs.RESULTS / "audit.json").read_text())["budget"] == "quick"
 
 

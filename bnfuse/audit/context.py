@@ -117,15 +117,35 @@ class Context:
             write_atomically(path, safetensors.torch.save(make()))
         return safetensors.torch.load_file(path)
 
-    def picture(self, name: str, picture: Image.Image | Figure, caption: str) -> Picture:
-        """Writes pictures/NAME.png. `name` begins with the measure's; `picture` is Pillow's or a matplotlib figure."""
+    def picture(
+        self, name: str, picture: Image.Image | Figure, caption: str, public: Image.Image | Figure | None = None
+    ) -> Picture:
+        """Writes pictures/NAME.png, and NAME-public.png where the picture for everybody is another.
+
+        Parameters
+        ----------
+        name : begins with the measure's
+        picture : Pillow's or a matplotlib figure
+        caption : what is to be seen
+        public : the picture without private images: `picture` itself if it shows none, None if nothing would be left
+        """
+        path = self._write_picture(name, picture)
+        if public is None or public is picture:
+            return Picture(path, caption, None if public is None else path)
+        return Picture(path, caption, self._write_picture(f"{name}-public", public))
+
+    def plot(self, name: str, plot: Figure, caption: str) -> Picture:
+        """`picture` of figures alone, which everybody may see."""
+        return self.picture(name, plot, caption, public=plot)
+
+    def _write_picture(self, name: str, picture: Image.Image | Figure) -> str:
         path = Path("pictures") / f"{name}.png"
         with atomic_path(self.out / path) as part:
             if isinstance(picture, Image.Image):
                 picture.save(part, format="PNG")
             else:
                 picture.savefig(part, format="png", dpi=150, bbox_inches="tight")
-        return Picture(path.as_posix(), caption)
+        return path.as_posix()
 
 
 def prepare(

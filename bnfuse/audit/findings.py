@@ -82,10 +82,25 @@ class Row:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG file below the audit's folder, and what is to be seen on it."""
+    """A PNG file below the audit's folder, and what is to be seen on it.
+
+    Attributes
+    ----------
+    path : below the audit's folder
+    caption : what is to be seen
+    public : the picture without private images, nor what was recovered of them: `path` where it shows none anyway, None where
+        nothing would be left
+    """
 
     path: str
     caption: str
+    public: str | None = None
+
+    def published(self) -> Picture | None:
+        """This picture as anybody may see it."""
+        if self.public in (None, self.path):
+            return self if self.public else None
+        return Picture(self.public, f"{self.caption} Private images are left out.", self.public)
 
 
 @dataclass(frozen=True)

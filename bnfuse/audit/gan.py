@@ -25,7 +25,7 @@ from .federation import Federation, Generator, attack, untrained_generator
 from .findings import DIAGNOSTIC, LEAK, NO_LEAK, Control, Figure, Finding, Picture, Row
 from .intervals import bootstrap, clopper_pearson
 from .nearest import nearest_of_class
-from .recovery import GAIN, LEVEL, bytes_of, median, sheet
+from .recovery import GAIN, LEVEL, bytes_of, median, sheets
 from .similarity import METRICS, compare
 
 NAME, TITLE, NEEDS = "gan", "GAN-based attack", {"heldout"}
@@ -398,4 +398,5 @@ def _picture(context: Context, arm: str, targets: list[int], parts: dict[tuple[s
         f"Federated training on {data.name} ({arm}): images of a class that only the victims have, what the adversary's "
         "generator made of it, and the private images of the class that are nearest to that."
     )
-    return context.picture(f"{NAME}-{arm}", sheet(rows, [""] * _COLUMNS), caption)
+    whole, public = sheets(rows, [""] * _COLUMNS, arm)
+    return context.picture(f"{NAME}-{arm}", whole, caption, public)

@@ -33,7 +33,7 @@ from .recovery import (
     median,
     psnr,
     sentence,
-    sheet,
+    sheets,
 )
 
 NAME, TITLE, NEEDS = "gradients", "Gradient matching", {"heldout"}
@@ -380,4 +380,5 @@ def _picture(context: Context, arm: str, recovered: dict[str, tuple[Tensor, Tens
         f"Networks trained on {context.images(arm).name} ({arm}): images of an attacked batch, what was recovered from the "
         "gradient, and the private images nearest to that. Above each column the attack, and how many images the batch had."
     )
-    return context.picture(f"{NAME}-{arm}", sheet(rows, titles), caption)
+    whole, public = sheets(rows, titles, arm)
+    return context.picture(f"{NAME}-{arm}", whole, caption, public)

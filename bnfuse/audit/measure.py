@@ -124,7 +124,8 @@ def _stored(context: Context, name: str) -> Finding | None:
         finding = Finding.from_dict(record["finding"]) if record["key"] == context.key else None
     except (OSError, ValueError, KeyError, TypeError):  # none, or one of another version
         return None
-    if finding is None or not all((context.out / picture.path).is_file() for picture in finding.pictures):
+    pictures = [path for picture in (finding.pictures if finding else ()) for path in (picture.path, picture.public) if path]
+    if finding is None or not all((context.out / path).is_file() for path in pictures):
         return None
     return finding
 

@@ -162,7 +162,7 @@ def run(context: Context, config: Config) -> Finding:
         "ROC curves on logarithmic axes: of those who are not members, how many are taken for members (across), and of the "
         "members, how many are found (up). On the grey diagonal an attack knows nothing; what counts is the left end."
     )
-    result.pictures.insert(0, context.picture(f"{NAME}-roc", roc_plot(panels), caption))
+    result.pictures.insert(0, context.plot(f"{NAME}-roc", roc_plot(panels), caption))
     return _finding(context, result)
 
 
@@ -326,7 +326,7 @@ def _canaries(context: Context, config: Config, parts: _Parts, result: _Result, 
         "images, and the whole pipeline was rerun on these; the score is the confidence in the wrong label, less that of "
         f"networks that never saw it. With {told.made} guesses the bound is at most {most:.2f}, whatever leaks."
     )
-    result.pictures.append(context.picture(f"{NAME}-canaries", _canary_plot(scores, canaries), _CANARY_CAPTION))
+    result.pictures.append(context.plot(f"{NAME}-canaries", _canary_plot(scores, canaries), _CANARY_CAPTION))
 
 
 _CANARY_CAPTION = (
@@ -384,9 +384,9 @@ def _shadows(context: Context, config: Config, parts: _Parts, result: _Result) -
 
 
 def _attacks(result: _Result, arm: str) -> dict[str, Scores]:
-    """Every attack that yields a score for each image, by the name that it has in the report; the first is the headline."""
-    attacks = {"": result.calibrated[arm], "loss alone": result.loss[arm]}
-    return attacks | {f"{name}, shadows": scores for name, scores in result.shadows.get(arm, {}).items()}
+    """Every attack that yields a score for each image, the strongest first, by the name that it has in the report."""
+    shadows = {f"{name}, shadows": scores for name, scores in result.shadows.get(arm, {}).items()}
+    return shadows | {"": result.calibrated[arm], "loss alone": result.loss[arm]}
 
 
 def _auc_rng(context: Context, arm: str, attack: str) -> torch.Generator:

@@ -30,7 +30,7 @@ from .recovery import (
     heldout_baseline,
     heldout_row,
     sentence,
-    sheet,
+    sheets,
 )
 
 NAME, TITLE, NEEDS = "memorisation", "Model memorisation", {"heldout"}
@@ -448,4 +448,5 @@ def _picture(context: Context, arm: str, parts: dict[str, dict[str, Tensor]], co
         f"Images of {context.images(arm).name} ({arm}) that a malicious trainer hid in a network, what was decoded from it, "
         "and the private images nearest to that. Above each column where they were hidden."
     )
-    return context.picture(f"{NAME}-{arm}", sheet(rows, titles), caption)
+    whole, public = sheets(rows, titles, arm)
+    return context.picture(f"{NAME}-{arm}", whole, caption, public)

@@ -270,7 +270,7 @@ def _pictures(context: Context, data: dict[str, ArrayDataset], found: dict[str, 
         for space in found[HELDOUT]
     }
     pictures = [
-        context.picture(
+        context.plot(
             f"{NAME}-distances",
             histograms(panels),
             "How far images are from private ones; the bars are the medians. NNDR: a copy has 0, an image as near to one "

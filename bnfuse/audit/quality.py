@@ -245,7 +245,7 @@ def _pictures(context: Context, paired: dict[str, Pairs]) -> list[Picture]:
             "The pairs that are most alike, by SSIM. From above: synthetic images, the nearest private image of the class of "
             "each; held-out images, the nearest private image of the class of each.",
         ),
-        context.picture(
+        context.plot(
             f"{NAME}-metrics",
             histograms(panels),
             "How much images look like the nearest private image of their class; the bars are the medians. Higher is more "

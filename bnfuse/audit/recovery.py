@@ -172,6 +172,12 @@ def sentence(attack: str, outcome: str) -> str:
     return said + " This speaks for whoever trains on them; what the images themselves give away is asked by other measures."
 
 
+def sheets(rows: Mapping[str, Tensor], titles: Sequence[str], arm: str) -> tuple[Plot, Plot | None]:
+    """`sheet`, and that for everybody: of the synthetic images' arm alone, without rows whose label ends with "private"."""
+    public = {label: images for label, images in rows.items() if not label.endswith("private")}
+    return sheet(rows, titles), sheet(public, titles) if arm == "synthetic" else None
+
+
 def sheet(rows: Mapping[str, Tensor], titles: Sequence[str]) -> Plot:
     """Images one above another: label → [N, C, H, W] in [0, 1]; `titles` stand above the columns."""
     columns = len(titles)

@@ -1,4 +1,4 @@
-"""audit.html: the findings as one file that opens without a network, on a phone and in print. Its words: audit.html.j2."""
+"""The findings as one file that opens without a network, on a phone and in print. Its words: audit.html.j2."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import base64
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from .context import ARMS
-from .findings import DIAGNOSTIC, LEAK, NO_LEAK, NOT_RUN, VOID, Control, Figure, Finding
+from .findings import DIAGNOSTIC, LEAK, NO_LEAK, NOT_RUN, VOID, Control, Figure, Finding, Picture
 
 # These strike whoever trains on the synthetic data; the rest, whoever is in the private data.
 AGAINST_TRAINERS = ("gradients", "memorisation", "gan")
@@ -31,7 +32,7 @@ _PICTURE_BYTES = 7_000_000  # of all pictures, which base64 makes a third larger
 _QUALITIES = ((1600, 400_000), (1200, 150_000), (900, 60_000), (600, 0), (300, 0))
 
 
-def render(record: dict, findings: Sequence[Finding], out: Path) -> str:
+def render(record: dict, findings: Sequence[Finding], out: Path, *, public: bool = False) -> str:
     """The page.
 
     Parameters
@@ -39,7 +40,12 @@ def render(record: dict, findings: Sequence[Finding], out: Path) -> str:
     record : the content of audit.json
     findings : in the order in which they are shown
     out : the audit's folder, which the pictures' paths begin from
+    public : whether private images, and what was recovered of them, are left out
     """
+    if public:
+        findings = [
+            replace(finding, pictures=[*filter(None, map(Picture.published, finding.pictures))]) for finding in findings
+        ]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -57,6 +63,7 @@ def render(record: dict, findings: Sequence[Finding], out: Path) -> str:
     return environment.get_template("audit.html.j2").render(
         record=record,
         findings=findings,
+        public=public,
         pictures=inlined([out / picture.path for finding in findings for picture in finding.pictures], out),
         arms=ARMS,
         arm_names=ARM_NAMES,

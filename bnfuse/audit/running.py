@@ -1,4 +1,4 @@
-"""`audit`: every measure on one synthetic dataset, into findings, audit.json and audit.html."""
+"""`audit`: every measure on one synthetic dataset, into findings, audit.json and the two reports."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .measure import MEASURES, carry_out, chosen, digest, inputs_key, look_up, t
 from .report import render
 from .summary import summarise
 
-REPORT, RECORD = "audit.html", "audit.json"
+REPORT, PUBLIC_REPORT, RECORD = "audit.html", "audit_public.html", "audit.json"
 FORMAT, FORMAT_VERSION = "bnfuse-audit", 1
 
 
@@ -47,8 +47,13 @@ class AuditResult:
 
     @property
     def report(self) -> Path:
-        """The page to read, one file with everything in it."""
+        """The page to read, one file with everything in it, private images too."""
         return self.out / REPORT
+
+    @property
+    def public_report(self) -> Path:
+        """The same page without private images, and without what attacks recovered of them."""
+        return self.out / PUBLIC_REPORT
 
     @property
     def verdicts(self) -> dict[str, str]:
@@ -82,7 +87,7 @@ def audit(
     private : what the synthetic images were made from
     synthetic : what is to be published
     heldout : real images like the private ones, but not among them: the baseline; None leaves out what needs them
-    out : folder of audit.html, audit.json, findings/, pictures/ and, of measures that take long, scratch/
+    out : folder of audit.html, audit_public.html, audit.json, findings/, pictures/ and, of measures that take long, scratch/
     teacher, statistics : what the synthetic images were made with; None leaves out the measures that need them
     budget : "quick" for a first look, "standard", "full"
     measures : names from `MEASURES`; None means all. Findings of the others that are in `out` already stay in the report.
@@ -129,6 +134,7 @@ def audit(
         summary = summarise(findings, context)
         record = _record(context, findings, summary, _command(command, context))
         write_atomically(out / RECORD, to_json(record))
+        write_atomically(out / PUBLIC_REPORT, render(record, findings, out, public=True).encode())
         write_atomically(out / REPORT, render(record, findings, out).encode())
     return AuditResult(out, findings, summary, time.monotonic() - started)
 

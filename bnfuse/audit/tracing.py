@@ -107,13 +107,13 @@ def run(context: Context, config: Config) -> Finding:
         sentence=_sentence(scores, traced),
         outcome=LEAK if traced["original"] or traced["synthetic"] else NO_LEAK,
         pictures=[
-            context.picture(
+            context.plot(
                 f"{NAME}-roc",
                 roc_plot({"Tracing": lines}),
                 "ROC curves on logarithmic axes: of images that are not in the statistics, how many are taken for such that "
                 "are (across), and of those that are, how many are found (up). On the grey diagonal tracing knows nothing.",
             ),
-            context.picture(
+            context.plot(
                 f"{NAME}-images-a-class",
                 _curve_plot(curve, scores["original"].auc()),
                 "How well an image is traced in statistics of so many images of each class, chosen from the private ones and "
