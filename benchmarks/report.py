@@ -12,11 +12,12 @@ import json
 import sys
 from pathlib import Path
 
-from summary import geometric_mean
+from summary import geometric_mean, operator_means
 
 ROOT = Path(__file__).parents[1]
 RESULTS, README, PICTURE = ROOT / "benchmarks/results", ROOT / "README.md", ROOT / "docs/images/roofline.png"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+SIZES = ((0, 8e6, "less than 8 MB"), (8e6, 32e6, "8 to 32 MB"), (32e6, float("inf"), "more"))  # bytes
 NAMES = {"resnet20": "ResNet-20", "resnet18": "ResNet-18", "resnet50": "ResNet-50", "mobilenet_v2": "MobileNetV2"}
 
 # (what it is, path in a summary, "at least" or "at most", the target); in float32, on two threads of a CPU
@@ -125,6 +126,18 @@ def operators_table(result: dict) -> str:
     for direction in ("forward", "backward"):
         if means := summary["operators_by_direction"].get(direction):
             add(f"all, {direction} alone", means, direction=direction)
+    return markdown(rows)
+
+
+def sizes_table(result: dict) -> str:
+    """Forward and backward together, a row for the sites that move so many bytes."""
+    rows = [["sites that move", "sites", "over the eager hook", "over plain BN + act", "time over floor", "of copy bandwidth"]]
+    for least, most, label in SIZES:
+        both = [case for case in result["operators"] if case["direction"] == "both" and least <= case["bytes"] < most]
+        if both:
+            means = operator_means(both)
+            speedups = [times(means[f"op_{key}"]) for key in ("speedup_vs_eager", "speedup_vs_plain", "time_over_floor")]
+            rows.append([label, str(means["sites"]), *speedups, f"{_share(_weighed(both, None, 'both')):.0%}"])
     return markdown(rows)
 
 
@@ -332,6 +345,8 @@ def readme_block(results: dict[str, dict]) -> str:
         introduction = INTRODUCTIONS[name].format(copy=result["summary"].get("copy_gb_per_second", 0))
         parts += [introduction + f" {_circumstances(result, name)}", TABLES[name.partition("_")[0]](result)]
         if name == "operators":
+            parts.append("By the bytes that forward and backward together have to move:")
+            parts.append(sizes_table(result))
             parts.append("![Bandwidth of every site, against the bytes it moves](docs/images/roofline.png)")
     aiming = [result["summary"] for result in results.values() if _aims(result)]
     merged = {key: value for summary in aiming for key, value in summary.items()}

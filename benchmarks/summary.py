@@ -25,17 +25,17 @@ def geometric_mean(values: Iterable[tuple[float, int]]) -> float | None:
 def summarize_operators(cases: list[dict]) -> dict:
     """Forward and backward together, over all sites; the same for each network and, below `directions`, for each direction."""
     both = [case for case in cases if case["direction"] == "both"]
-    summary = _operator_means(both)
+    summary = operator_means(both)
     networks = dict.fromkeys(name for case in both for name in case["networks"])
-    summary["operators_by_network"] = {name: _operator_means(both, name) for name in networks}
+    summary["operators_by_network"] = {name: operator_means(both, name) for name in networks}
     directions = dict.fromkeys(case["direction"] for case in cases)
     summary["operators_by_direction"] = {
-        direction: _operator_means([case for case in cases if case["direction"] == direction]) for direction in directions
+        direction: operator_means([case for case in cases if case["direction"] == direction]) for direction in directions
     }
     return summary
 
 
-def _operator_means(cases: list[dict], network: str | None = None) -> dict:
+def operator_means(cases: list[dict], network: str | None = None) -> dict:
     """Over the sites of one network, or of all."""
     weighed = [
         (case["ratios"], count)

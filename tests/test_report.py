@@ -104,6 +104,15 @@ def test_a_mean_over_some_sites_says_of_how_many(results):
     assert "| ResNet-20, 3 sites | 8.00× | 4.00× | 9.00× | 16.0× | 2.00× | 2.00× |" in table
 
 
+def test_sites_by_the_bytes_that_they_move():
+    small, large = operator({"resnet18": 2}, 8, 4, 1, 1, 2, 0.5), operator({"resnet18": 1}, 2, 4, 1, 1, 4, 0.25)
+    table = report.sizes_table({"operators": [small | {"bytes": 1e6}, large | {"bytes": 32e6}, CASES["operators"][2]]})
+    assert table.splitlines()[2:] == [
+        "| less than 8 MB | 2 | 8.00× | 2.00× | 2.00× | 50% |",
+        "| more | 1 | 2.00× | 4.00× | 4.00× | 25% |",
+    ]
+
+
 def test_the_rate_of_a_step_in_hours_of_imagenet():
     means = summary.summarize_steps(CASES["steps"])
     assert means["imagenet_run"] == {"classes": 1000, "images_per_class": 50, "iterations": 4000}
