@@ -107,6 +107,14 @@ ABLATIONS = (
     Variant("jitter 4", "views", {"jitter": 4}),
     Variant("crops", "views", {"crop_scale": 0.25}),
     Variant("crops, as a curriculum", "views", {"crop_scale": 0.25, "crop_curriculum": 1.0}),
+    # the student's training, on the images of the base
+    Variant("temperature 1", "student", training={"temperature": 1.0}, labels=("soft",)),
+    Variant("temperature 20", "student", training={"temperature": 20.0}, labels=("soft",)),
+    Variant("CutMix", "student", training={"cutmix": 1.0}),
+    Variant("mixup", "student", training={"mixup": 0.8}),
+    Variant("smaller crops", "student", training={"crop_scale": 0.08}),
+    Variant("shifts for crops", "student", training={"crop_scale": 1.0, "shift": 4}),
+    Variant("noise", "student", training={"noise": 0.05}),
     # sub-classes
     Variant("3 sub-classes", "sub-classes", record={"subclasses": 3}),
     Variant("10 sub-classes", "sub-classes", record={"subclasses": 10}),
