@@ -3,7 +3,7 @@
     python benchmarks/fidelity.py curves cifar10 --split test     # accuracy against images per class, beside the ladder
     python benchmarks/fidelity.py students cifar10 --split test   # the same images, students of other kinds
     python benchmarks/fidelity.py ablations cifar10               # a line of fidelity_ablations.py each; on held-out images
-    python benchmarks/fidelity.py report                          # docs/fidelity.md, its picture, docs/recipes.md: what is kept
+    python benchmarks/fidelity.py report                          # what is kept: docs/fidelity.md, docs/recipes.md, README.md
 
 Choices are made on the held-out part of the training images, which neither the statistics nor any student has seen (--split
 heldout, the default); the test images are for what is reported at last (--split test). Each case leaves its own file in

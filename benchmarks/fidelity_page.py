@@ -1,4 +1,4 @@
-"""docs/fidelity.md's tables and picture, from the results that `fidelity.py` keeps. Measures nothing."""
+"""docs/fidelity.md's tables and picture, and README's table, from the results that `fidelity.py` keeps. Measures nothing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from report import ROOT, markdown, write_block
 from bnfuse.audit.intervals import clopper_pearson
 from bnfuse.configs import flags
 
-PAGE, PICTURE = ROOT / "docs/fidelity.md", ROOT / "docs/images/fidelity.png"
+PAGE, PICTURE, README = ROOT / "docs/fidelity.md", ROOT / "docs/images/fidelity.png", ROOT / "README.md"
 COMMAND = "python benchmarks/fidelity.py report"
+NOTHING = "Nothing is kept yet."
 ARMS = {
     "all_real": "all real images",
     "real": "as many real images",
@@ -88,8 +89,8 @@ def ladder(problem: Problem, rungs: dict[Rung, Seeds], split: str) -> list[str]:
     """On what the curves were measured, and the accuracies."""
     ipcs = sorted({ipc for _, _, ipc, _ in rungs if ipc is not None})
     rows = [["the student learns from", "labels", *(f"{ipc} a class" for ipc in ipcs), "all"]]
-    for source, name, labels in fidelity_cases.LADDER:
-        arm = name or source
+    arms = [(name or source, labels) for source, name, labels in fidelity_cases.LADDER]
+    for arm, labels in sorted(arms, key=lambda each: list(ARMS).index(each[0])):
         cells = [rungs.get((arm, labels, ipc, problem.student)) for ipc in (*ipcs, None)]
         if any(cells):
             rows.append([ARMS[arm], LABELS[labels], *(cell.accuracy_text if cell else "" for cell in cells)])
@@ -139,7 +140,7 @@ def ablations_block(problem: Problem) -> str:
     ipc, kinds = cases[0].ipc, [kind for kind in LABELS if any(labels == kind for _, labels, _, _ in rungs)]
     base = {kind: rungs.get((ABLATIONS[0].name, kind, ipc, problem.student)) for kind in kinds}
     head = [f"{problem.title}, {ipc} images a class", "of", "what is otherwise"]
-    rows = [[*head, *(f"{LABELS[kind]} labels" for kind in kinds), "diversity", "synthesis, s"]]
+    rows = [[*head, *(f"labels: {LABELS[kind]}" for kind in kinds), "diversity", "synthesis, s"]]
     for variant in ABLATIONS:
         found = {kind: rungs.get((variant.name, kind, ipc, problem.student)) for kind in kinds}
         if first := next(filter(None, found.values()), None):
@@ -173,12 +174,16 @@ def _changes(variant: Variant) -> str:
 
 def _about(problem: Problem, rungs: dict[Rung, Seeds], split: str) -> str:
     first, seeds = first_result(rungs), max(len(found.results) for found in rungs.values())
+    averaged = "One seed of the student"
+    if seeds > 1:
+        averaged = (
+            f"Mean over as many as {_count(seeds, 'seed')} of the student, ± their standard deviation where there are several"
+        )
     steps = ", ".join(f"{'all' if ipc is None else ipc}: {steps:,}" for ipc, steps in problem.steps.items())
     return (
         f"Per cent of {first['tested']:,} {SPLITS[split]}; teacher {problem.teacher} ({first['teacher_accuracy']:.1%}), "
-        f"student {problem.student} from scratch, recipe `{problem.recipe}`. Mean over {_count(seeds, 'seed')} of the student "
-        f"± their standard deviation, and in brackets the 95 % interval. Steps of a student at images of each class: {steps}. "
-        f"{_where(rungs)}"
+        f"student {problem.student} from scratch, recipe `{problem.recipe}`. {averaged}, and in brackets the 95 % interval. "
+        f"Steps of a student at images of each class: {steps}. {_where(rungs)}"
     )
 
 
@@ -256,5 +261,8 @@ def write_report() -> None:
         "students": [students_block(problem) for problem in PROBLEMS.values()],
         "ablations": [ablations_block(problem) for problem in PROBLEMS.values()],
     }.items():
-        write_block(PAGE, name, "\n\n".join(filter(None, blocks)) or "Nothing is kept yet.")
-    print(f"wrote {PAGE}")
+        write_block(PAGE, name, "\n\n".join(filter(None, blocks)) or NOTHING)
+    name = "cifar10"
+    shown = ladder(PROBLEMS[name], drawn[name], split_shown(cases[name])) if name in drawn else [NOTHING]
+    write_block(README, name, "\n\n".join(shown))
+    print(f"wrote {PAGE} and {README}")

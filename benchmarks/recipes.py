@@ -1,12 +1,11 @@
-"""The recipes for CIFAR-10 and ImageNet (`bnfuse/recipes.py`), run from end to end, and the accuracies that the README
-quotes.
+"""The recipe for ImageNet (`bnfuse/recipes.py`), run from end to end, and the accuracies that the README quotes.
 
-    python benchmarks/recipes.py cifar10 --data DIR      # DIR as in BNFUSE_DATA: the lossless images, resnet20-12fca82f.th
-    python benchmarks/recipes.py imagenet --data DIR     # mobilenet_v1.py with its weights, and imagenette_1200.zip
+    python benchmarks/recipes.py imagenet --data DIR     # DIR has mobilenet_v1.py with its weights, and imagenette_1200.zip
 
-Every step is a bnfuse command, printed before it runs. CIFAR-10 takes about half an hour on one core, and so does ImageNet; the
-students are trained alike, with one seed, and tested on real images that were used for nothing else. Figures go to
-benchmarks/results/, with machine, versions and threads, and into docs/recipes.md.
+Every step is a bnfuse command, printed before it runs. It takes about half an hour on one core; the students are trained alike,
+with one seed, and tested on real images that were used for nothing else. Figures go to benchmarks/results/, with machine,
+versions and threads, and into docs/recipes.md. The digits' recipe is what `bnfuse demo` runs, and CIFAR-10's what `fidelity.py`
+measures.
 """
 
 from __future__ import annotations
@@ -46,14 +45,6 @@ def run(command: str) -> str:
 
 def percentage(text: str, pattern: str) -> float:
     return float(re.search(pattern + r" ([\d.]+)%", text)[1])
-
-
-def cifar10(data: Path, runs: Path) -> dict:
-    os.environ["BNFUSE_DATA"] = str(data)
-    images = "--image-size 32 --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
-    teacher = f"--teacher resnet20 --weights {data / 'resnet20-12fca82f.th'} {images}"
-    run(f"record {teacher} --data cifar10:train --out {runs}/statistics.safetensors")
-    return flow("cifar10", teacher, images, "cifar10:train", "cifar10:test", runs)
 
 
 def imagenet(data: Path, runs: Path) -> dict:
@@ -99,7 +90,7 @@ def flow(recipe: str, teacher: str, images: str, private: str | Path, heldout: s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", choices=("cifar10", "imagenet"))
+    parser.add_argument("recipe", choices=("imagenet",))
     parser.add_argument(
         "--data", type=Path, default=os.environ.get("BNFUSE_DATA"), help="folder of the data (default BNFUSE_DATA)"
     )
@@ -109,9 +100,7 @@ def main() -> None:
     if args.data is None or not Path(args.data).is_dir():
         parser.error(f"--data or BNFUSE_DATA must name the folder of the data, got {args.data}")
     torch.set_num_threads(args.threads)
-    figures = {"cifar10": cifar10, "imagenet": imagenet}[args.recipe](
-        Path(args.data).resolve(), args.runs or Path("runs") / args.recipe
-    )
+    figures = imagenet(Path(args.data).resolve(), args.runs or Path("runs") / args.recipe)
     path = write_result(
         f"recipe_{args.recipe}",
         f"python benchmarks/recipes.py {args.recipe}",

@@ -43,8 +43,7 @@ def write_page() -> None:
 def described(name: str) -> list[str]:
     """What a recipe is for and its settings, in paragraphs."""
     purpose = RECIPES[name].purpose
-    synthesis, training = settings(name)
-    return [f"For {purpose}.", f"{_command('synthesize', synthesis)}\n{_command('train', training)}"]
+    return [f"For {purpose}.", "\n".join(_command(command, flags) for command, flags in settings(name).items())]
 
 
 def _command(name: str, flags: str) -> str:

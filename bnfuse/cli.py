@@ -122,8 +122,7 @@ def _train(args) -> None:
     given = given_flags(TrainConfig, args)
     chosen = recipe(given.pop("recipe")) if "recipe" in given else None
     config = TrainConfig(**given) if chosen is None else chosen.train_config(**given)
-    soft = args.soft_labels or (chosen is not None and chosen.soft_labels)
-    which = args.labels or ("soft" if soft else "hard")
+    which = args.labels or ("soft" if args.soft_labels else "hard" if chosen is None else chosen.labels)
     labels = None if which in ("hard", "soft") else _labels(args, which)
     data = flags.load_data(args)
     if args.limit_per_class is not None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import cli_flags as flags
+from . import recipes
 from .audit import MEASURES, audit
 from .audit.context import BUDGETS, NOISE
 from .audit.running import command_line
 from .audit.summary import verdict_lines
-from .configs import add_flags, from_flags
+from .configs import add_flags, given_flags
 from .datasets import load_dataset
 from .errors import InputError
 from .estimate import readable_bytes
@@ -165,12 +166,15 @@ def add_relabel(commands) -> None:
         help="the teacher's output for each class of the dataset, where it has more",
     )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
+    parser.add_argument("--recipe", metavar="NAME", help="begin from the views of this recipe, see --list-recipes")
+    flags.add_listing(parser, "--list-recipes", recipes.listing, "--recipe")
     flags.add_device(parser)
     add_flags(parser, RelabelConfig)
 
 
 def _relabel(args) -> None:
-    config = from_flags(RelabelConfig, args)
+    given = given_flags(RelabelConfig, args)
+    config = RelabelConfig(**given) if args.recipe is None else recipes.recipe(args.recipe).relabel_config(**given)
     teacher = flags.load_teacher(args)
     done = relabel(
         args.dataset, teacher, config, out=args.out, outputs=args.outputs, device=flags.device(args), workers=args.workers
@@ -178,7 +182,8 @@ def _relabel(args) -> None:
     rate = f" in {done.seconds:.0f} s" if done.made else ", which were there already"
     print(f"labels of {done.views:,} views, {done.made:,} made now{rate}, {readable_bytes(done.bytes)}: {done.out}")
     labels = RELABEL if args.out is None else args.out
-    print(f"learn them with `bnfuse train --data {args.dataset} --labels {labels} --batch-size {config.batch_size}`")
+    how = f"--batch-size {config.batch_size}" if args.recipe is None else f"--recipe {args.recipe}"
+    print(f"learn them with `bnfuse train --data {args.dataset} --labels {labels} {how}`")
 
 
 # ---- bnfuse export ----

@@ -1,8 +1,8 @@
 """The settings that this package ships for three kinds of images: a synthesis's, and those of the student that learns from it.
 
-A recipe is no more than default values of `SynthesisConfig` and `TrainConfig`: `recipe("cifar10").synthesis_config(seed=1)`, or
-`bnfuse synthesize --recipe cifar10` and then `bnfuse train --recipe cifar10`, whose flags win over it. Other projects' settings
-are in `presets`. docs/recipes.md shows what students come to with them.
+A recipe is no more than default values of `SynthesisConfig`, `RelabelConfig` and `TrainConfig`:
+`recipe("cifar10").synthesis_config(seed=1)`, or `bnfuse synthesize --recipe cifar10`, then `relabel` and `train`: flags win
+over it. Other projects' settings are in `presets`. docs/recipes.md shows what students come to with them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from .configs import flags
 from .errors import InputError
 from .plans import SynthesisConfig
+from .relabelling import RelabelConfig
 from .training import TrainConfig
 
 
@@ -25,7 +26,9 @@ class Recipe:
     purpose : the images that it is for, and what its figures are of
     synthesis : fields of `SynthesisConfig`; those not named have its defaults
     training : the same of `TrainConfig`, for a student
-    soft_labels : the student learns the teacher's logits, which the synthesis then stores
+    soft_labels : the synthesis stores the teacher's logits of each image, and unless `views` says otherwise the student learns
+        them
+    views : the student learns the teacher's logits of so many augmented views of each image, which `relabel` writes; 0 for none
     """
 
     name: str
@@ -33,10 +36,31 @@ class Recipe:
     synthesis: dict[str, object]
     training: dict[str, object]
     soft_labels: bool
+    views: int = 0
+
+    @property
+    def labels(self) -> str:
+        """What the student learns, as ``bnfuse train --labels`` has it: "relabel", "soft" or "hard"."""
+        return "relabel" if self.views else "soft" if self.soft_labels else "hard"
 
     def synthesis_config(self, **changes) -> SynthesisConfig:
         """With other values for some fields; InputError where they do not go with the rest."""
         return SynthesisConfig(**{**self.synthesis, "soft_labels": self.soft_labels, **changes, "recipe": self.name})
+
+    def relabel_config(self, **changes) -> RelabelConfig:
+        """Views as the student's augmentation makes them, with other values for some fields.
+
+        Raises
+        ------
+        InputError : the recipe's student learns no views; or the values do not go together
+        """
+        if not self.views:
+            raise InputError(f"the students of the recipe {self.name} learn {self.labels} labels: it has nothing to relabel")
+        return RelabelConfig(**{**self._views(), **changes})
+
+    def _views(self) -> dict[str, object]:
+        augmentation = {name: self.training[name] for name in ("batch_size", "crop_scale", "flip")}
+        return {"views": self.views, **augmentation}
 
     def train_config(self, **changes) -> TrainConfig:
         """A student's, with other values for some fields; InputError where they do not go with the rest."""
@@ -70,6 +94,7 @@ RECIPES: dict[str, Recipe] = {
             },
             {"model": "resnet20", **_STUDENT},
             soft_labels=True,
+            views=100,
         ),
         Recipe(
             "imagenet",
@@ -100,20 +125,21 @@ def recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def settings(name: str) -> tuple[str, str]:
-    """A recipe's flags of `bnfuse synthesize` and of `bnfuse train`."""
+def settings(name: str) -> dict[str, str]:
+    """A recipe's flags of each bnfuse command that it has settings for, in their order."""
     chosen = RECIPES[name]
-    soft = chosen.soft_labels
-    return (
-        flags(chosen.synthesis | ({"soft_labels": True} if soft else {})),
-        flags(chosen.training) + (" --soft-labels" if soft else ""),
-    )
+    labels = "" if chosen.labels == "hard" else f" --labels {chosen.labels}"
+    return {
+        "synthesize": flags(chosen.synthesis | ({"soft_labels": True} if chosen.soft_labels else {})),
+        **({"relabel": flags(chosen._views())} if chosen.views else {}),
+        "train": flags(chosen.training) + labels,
+    }
 
 
 def listing() -> str:
     """All recipes for a terminal: what for, and the settings."""
     blocks = []
     for name, each in RECIPES.items():
-        synthesis, training = settings(name)
-        blocks.append(f"{name}: {each.purpose}\n    synthesize {synthesis}\n    train {training}")
+        lines = (f"    {command} {said}" for command, said in settings(name).items())
+        blocks.append("\n".join([f"{name}: {each.purpose}", *lines]))
     return "\n".join(blocks)

@@ -26,6 +26,13 @@ def test_recipes_are_two_configs_and_changes_win():
         assert all(getattr(training, field) == value for field, value in each.training.items())
         assert each.synthesis_config(lr=0.125).lr == 0.125 == each.train_config(lr=0.125).lr
         assert each.synthesis_config(soft_labels=not each.soft_labels).soft_labels != each.soft_labels
+        if each.views:
+            views = each.relabel_config(views=7)
+            shared = ("batch_size", "crop_scale", "flip", "mixup", "cutmix")  # or the student would see other views
+            assert views.views == 7 and all(getattr(views, field) == getattr(training, field) for field in shared)
+    assert [recipe(name).labels for name in RECIPES] == ["hard", "relabel", "soft"]
+    with pytest.raises(InputError, match="recipe imagenet learn soft labels: it has nothing to relabel"):
+        recipe("imagenet").relabel_config()
     with pytest.raises(InputError, match="no recipe is called 'mnist'; choose one of digits, cifar10, imagenet"):
         recipe("mnist")
 
@@ -34,18 +41,21 @@ def test_the_demo_runs_a_recipe():
     assert demo.SYNTHESIS == recipe("digits").synthesis_config() and demo.STUDENT == recipe("digits").train_config()
 
 
-@pytest.mark.parametrize("command", ("synthesize", "train"))
+@pytest.mark.parametrize("command", ("synthesize", "relabel", "train"))
 def test_settings_are_what_the_command_line_takes(command, capsys):
     with pytest.raises(SystemExit) as ended:
         run(f"{command} --list-recipes")
     assert ended.value.code == 0 and capsys.readouterr().out == listing() + "\n"
-    synthesis, training = settings("cifar10")
-    assert "--low-resolution-iterations 200" in synthesis and synthesis.endswith("--flip --soft-labels")
-    assert "--crop-scale 0.2" in training and training.endswith("--soft-labels")
+    said = settings("cifar10")
+    assert list(said) == ["synthesize", "relabel", "train"] and list(settings("imagenet")) == ["synthesize", "train"]
+    assert "--low-resolution-iterations 200" in said["synthesize"] and said["synthesize"].endswith("--flip --soft-labels")
+    assert said["relabel"] == "--views 100 --batch-size 32 --crop-scale 0.2 --flip"
+    assert "--crop-scale 0.2" in said["train"] and said["train"].endswith("--labels relabel")
+    assert settings("imagenet")["train"].endswith("--labels soft") and "--labels" not in settings("digits")["train"]
 
 
 def test_the_flow_by_a_recipe(tmp_path, monkeypatch, capsys):
-    """The digits' own, and CIFAR-10's for its soft labels; both a little shorter."""
+    """The digits' own, and CIFAR-10's for its labels of views; both a little shorter."""
     monkeypatch.chdir(tmp_path)
     assert run("train --data digits:train --out teacher --model resnet8 --epochs 1") == 0
     assert run("record --teacher teacher/model.safetensors --data digits:train --out statistics.safetensors") == 0
@@ -57,12 +67,15 @@ def test_the_flow_by_a_recipe(tmp_path, monkeypatch, capsys):
         assert config == recipe(name).synthesis_config(images_per_class=2, iterations=2, low_resolution_iterations=0)
 
     trained = lambda: json.loads((tmp_path / "student" / "metrics.json").read_text())["config"]
-    assert run("train --recipe cifar10 --data made/cifar10 --out student --epochs 2 --model resnet8") == 0
+    student = "train --recipe cifar10 --data made/cifar10 --out student --epochs 2 --model resnet8"
+    assert run(student) == 2 and "bnfuse relabel" in capsys.readouterr().err  # which the recipe's students learn from
+    assert run("relabel made/cifar10 --recipe cifar10 --views 2 --teacher teacher/model.safetensors") == 0
+    said = capsys.readouterr().out
+    assert "labels of 40 views" in said and "--labels relabel --recipe cifar10`" in said and run(student) == 0
     assert TrainConfig(**trained()) == recipe("cifar10").train_config(epochs=2, model="resnet8")
-    capsys.readouterr()
-    refused = "train --recipe cifar10 --data digits --out student --epochs 1 --model resnet8"
-    assert run(refused) == 2 and "has no soft labels" in capsys.readouterr().err  # the recipe's students learn those
-    assert run(f"{refused} --labels hard") == 0
+    assert run(f"{student} --labels soft") == 0 and run(f"{student} --labels hard") == 0
+    assert run("train --recipe imagenet --data digits --out student --epochs 1 --model resnet8") == 2
+    assert "has no soft labels" in capsys.readouterr().err
     assert run("train --recipe digits --data digits --out student --epochs 1 --model resnet8") == 0
     assert trained()["label_smoothing"] == 0.1
 
