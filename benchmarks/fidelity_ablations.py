@@ -102,6 +102,9 @@ ABLATIONS = (
     Variant("no total variation", "priors", {"tv_weight": 0.0}),
     Variant("total variation × 10", "priors", {"tv_weight": 10.0}),
     Variant("L2 of pixels", "priors", {"l2_weight": 0.1}),
+    # the noise that images start from
+    Variant("1/f noise", "start", {"noise_exponent": 1.0}, labels=("soft", "hard", "views")),
+    Variant("1/f² noise", "start", {"noise_exponent": 2.0}, labels=("soft", "hard", "views")),
     # views
     Variant("no jitter, no flip", "views", {"jitter": 0, "flip": False}),
     Variant("jitter 4", "views", {"jitter": 4}),

@@ -19,6 +19,7 @@ from .errors import BnfuseError, InputError
 from .models import Teacher
 from .objective import Losses, Objective
 from .seeds import derive_seed
+from .starting_noise import starting_noise
 from .virtual import MicroBatch, Seen, VirtualBatch
 
 if TYPE_CHECKING:
@@ -239,15 +240,8 @@ def learning_rate(config: SynthesisConfig, step: int) -> float:
 
 
 def _start(seeds: Sequence[int], teacher: Teacher, size: tuple[int, int], config: SynthesisConfig) -> Tensor:
-    """Each image's own noise: [N, C, *size], normalised units, channels_last.
-
-    It is drawn in place: a tensor an image would leave as many holes in the C library's heap, over which the small tensors of
-    the steps would spread.
-    """
-    noise = torch.empty(len(seeds), teacher.preprocessing.channels, *size)
-    for row, seed in enumerate(seeds):
-        noise[row].normal_(generator=torch.Generator().manual_seed(seed))
-    return noise.mul_(config.noise_scale).contiguous(memory_format=torch.channels_last)
+    """Each image's own noise: [N, C, *size], normalised units, channels_last."""
+    return starting_noise(seeds, teacher.preprocessing.channels, size, config.noise_scale, config.noise_exponent)
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
