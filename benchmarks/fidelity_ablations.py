@@ -117,7 +117,7 @@ ABLATIONS = (
     Variant("mixup", "student", training={"mixup": 0.8}),
     Variant("smaller crops", "student", training={"crop_scale": 0.08}),
     Variant("shifts for crops", "student", training={"crop_scale": 1.0, "shift": 4}),
-    Variant("noise", "student", training={"noise": 0.05}),
+    Variant("noisy pixels", "student", training={"noise": 0.05}),
     # sub-classes
     Variant("3 sub-classes", "sub-classes", record={"subclasses": 3}),
     Variant("10 sub-classes", "sub-classes", record={"subclasses": 10}),

@@ -27,6 +27,7 @@ from results_file import write_result
 from bnfuse.cli import main as bnfuse
 from bnfuse.recipes import RECIPES
 
+RECIPE = "imagenet"
 HELD_OUT = 20  # images of each of ImageNet's classes
 NOISE = "--low-resolution-iterations 0 --iterations 1 --bn-weight 0 --ce-weight 0 --tv-weight 0 --no-soft-labels"  # the control
 
@@ -48,12 +49,29 @@ def percentage(text: str, pattern: str) -> float:
 
 
 def imagenet(data: Path, runs: Path) -> dict:
+    """From recorded statistics to students."""
     private, heldout = split(data / "imagenette_1200.zip", runs / "imagenette")
-    teacher = f"--teacher {data / 'mobilenet_v1.py'}:mobilenet_v1 --image-size 224 --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5"
-    run(
-        f"record {teacher} --data {private} --outputs 0 217 482 491 497 566 569 571 574 701 --out {runs}/statistics.safetensors"
-    )
-    return flow("imagenet", teacher, "--image-size 64 --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5", private, heldout, runs)
+    scaling = "--mean 0.5 0.5 0.5 --std 0.5 0.5 0.5"
+    teacher = f"--teacher {data / 'mobilenet_v1.py'}:mobilenet_v1 --image-size 224 {scaling}"
+    statistics = f"{runs}/statistics.safetensors"
+    run(f"record {teacher} --data {private} --outputs 0 217 482 491 497 566 569 571 574 701 --out {statistics}")
+    synthesize = f"synthesize {teacher} --statistics {statistics} --recipe {RECIPE}"
+    made = run(f"{synthesize} --out {runs}/synthetic")
+    run(f"{synthesize} {NOISE} --out {runs}/noise")
+    figures = {"recognised_by_teacher": percentage(made, "the teacher takes")}
+    each = RECIPES[RECIPE].synthesis["images_per_class"]
+    learn = f"train --recipe {RECIPE}"
+    for name, options in {
+        "synthetic_hard": f"--data {runs}/synthetic --labels hard",
+        "synthetic_soft": f"--data {runs}/synthetic --labels soft",
+        "real_hard": f"--data {private} --labels hard --limit-per-class {each}",
+        "noise_hard": f"--data {runs}/noise --labels hard",
+    }.items():
+        seen = f"--test {heldout} --image-size 64 {scaling} --eval-every 0"
+        figures[name] = percentage(run(f"{learn} {options} {seen} --out {runs}/student_{name}"), f"accuracy on {heldout}:")
+    print(f"\nstudents ({each} images a class), accuracy on {heldout}")
+    print("\n".join(f"  {name:22s} {value:5.1f} %" for name, value in figures.items()))
+    return figures
 
 
 def split(archive: Path, folder: Path) -> tuple[Path, Path]:
@@ -68,44 +86,22 @@ def split(archive: Path, folder: Path) -> tuple[Path, Path]:
     return parts
 
 
-def flow(recipe: str, teacher: str, images: str, private: str | Path, heldout: str | Path, runs: Path) -> dict:
-    """From recorded statistics to students; `teacher` and `images` are flags, of the network and of what students see."""
-    synthesize = f"synthesize {teacher} --statistics {runs}/statistics.safetensors --recipe {recipe}"
-    made = run(f"{synthesize} --out {runs}/synthetic")
-    run(f"{synthesize} {NOISE} --out {runs}/noise")
-    figures = {"recognised_by_teacher": percentage(made, "the teacher takes")}
-    each = RECIPES[recipe].synthesis["images_per_class"]
-    for name, options in {
-        "synthetic_hard": f"--data {runs}/synthetic --labels hard",
-        "synthetic_soft": f"--data {runs}/synthetic --labels soft",
-        "real_hard": f"--data {private} --labels hard --limit-per-class {each}",
-        "noise_hard": f"--data {runs}/noise --labels hard",
-    }.items():
-        printed = run(f"train --recipe {recipe} {options} --test {heldout} {images} --eval-every 0 --out {runs}/student_{name}")
-        figures[name] = percentage(printed, f"accuracy on {heldout}:")
-    print(f"\nstudents ({each} images a class), accuracy on {heldout}")
-    print("\n".join(f"  {name:22s} {value:5.1f} %" for name, value in figures.items()))
-    return figures
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", choices=("imagenet",))
+    parser.add_argument("recipe", choices=(RECIPE,))
     parser.add_argument(
         "--data", type=Path, default=os.environ.get("BNFUSE_DATA"), help="folder of the data (default BNFUSE_DATA)"
     )
-    parser.add_argument("--runs", type=Path, help="folder for what is made (default runs/<recipe>)")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs") / RECIPE, help=f"folder for what is made (default runs/{RECIPE})"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     if args.data is None or not Path(args.data).is_dir():
         parser.error(f"--data or BNFUSE_DATA must name the folder of the data, got {args.data}")
     torch.set_num_threads(args.threads)
-    figures = imagenet(Path(args.data).resolve(), args.runs or Path("runs") / args.recipe)
-    path = write_result(
-        f"recipe_{args.recipe}",
-        f"python benchmarks/recipes.py {args.recipe}",
-        percent=figures,
-    )
+    figures = imagenet(Path(args.data).resolve(), args.runs)
+    path = write_result(f"recipe_{RECIPE}", f"python benchmarks/recipes.py {RECIPE}", percent=figures)
     write_page()
     print(f"wrote {path} and {PAGE}")
 

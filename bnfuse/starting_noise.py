@@ -15,8 +15,8 @@ def starting_noise(
 
     With an exponent the amplitude falls with the spatial frequency f as 1/f^exponent, about 1 in photographs (Field, "Relations
     between the statistics of natural images and the response properties of cortical cells", JOSA A 1987), down to that of one
-    period an image, which the mean has too. Images then differ in brightness and colour as a whole, as photographs do and
-    white noise does not, and statistics of a batch do not make up for it.
+    period an image, which the mean has too. Images then differ in brightness and colour as a whole, as photographs do and those
+    from white noise hardly do: statistics of a batch do not ask for it.
 
     Parameters
     ----------

@@ -88,8 +88,8 @@ class Picture:
     ----------
     path : below the audit's folder
     caption : what is to be seen
-    public : the picture without private images, nor what was recovered of them: `path` where it shows none anyway, None where
-        nothing would be left
+    public : the picture without private images, nor what was recovered from networks trained on them: `path` where it shows
+        none anyway, None where nothing would be left
     """
 
     path: str

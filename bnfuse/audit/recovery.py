@@ -172,9 +172,13 @@ def sentence(attack: str, outcome: str) -> str:
     return said + " This speaks for whoever trains on them; what the images themselves give away is asked by other measures."
 
 
+# How labels of rows end that anybody may see, of the synthetic images' arm; a row that is called otherwise is private.
+PUBLIC_ROWS = ("trained on", "recovered", "hidden", "decoded", "generated")
+
+
 def sheets(rows: Mapping[str, Tensor], titles: Sequence[str], arm: str) -> tuple[Plot, Plot | None]:
-    """`sheet`, and that for everybody: of the synthetic images' arm alone, without rows whose label ends with "private"."""
-    public = {label: images for label, images in rows.items() if not label.endswith("private")}
+    """`sheet`, and that for everybody: of the synthetic images' arm alone, with its `PUBLIC_ROWS`."""
+    public = {label: images for label, images in rows.items() if label.endswith(PUBLIC_ROWS)}
     return sheet(rows, titles), sheet(public, titles) if arm == "synthetic" else None
 
 

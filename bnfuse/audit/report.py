@@ -40,7 +40,7 @@ def render(record: dict, findings: Sequence[Finding], out: Path, *, public: bool
     record : the content of audit.json
     findings : in the order in which they are shown
     out : the audit's folder, which the pictures' paths begin from
-    public : whether private images, and what was recovered of them, are left out
+    public : whether private images, and what was recovered from networks trained on them, are left out
     """
     if public:
         findings = [

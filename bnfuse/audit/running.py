@@ -52,7 +52,7 @@ class AuditResult:
 
     @property
     def public_report(self) -> Path:
-        """The same page without private images, and without what attacks recovered of them."""
+        """The same page without private images, and without what attacks recovered from networks trained on them."""
         return self.out / PUBLIC_REPORT
 
     @property
