@@ -26,22 +26,24 @@ bench: install  ## every site, step and network against its rivals, into benchma
 bench-quick: install  ## a part of that, into benchmarks/results/quick.json
 	$(BIN)/python -m pytest benchmarks --quick $(BENCH)
 
-# On a machine with an NVIDIA GPU, nvcc and a torch that has CUDA: builds in place for that torch and that GPU, with nothing to
-# download. GPU_PYTHON=… names the interpreter, OUT=… the folder of the figures (JSON) and of their tables (gpu.md). The
-# benchmarks' share of the nine minutes is reckoned in tests/test_timing.py; compiling torch.compile's rivals takes most of it,
-# so there are some of one network.
+# On a machine with an NVIDIA GPU, nvcc and a torch that has CUDA: builds and installs in place for that torch and that GPU, with
+# nothing to download. GPU_PYTHON=… names the interpreter, OUT=… the folder of the figures (JSON) and of their tables (gpu.md).
+# Where pytest-xdist is there, tests run side by side: compiling Triton's kernels takes most of their time. The benchmarks' share
+# of the nine minutes is reckoned in tests/test_timing.py; compiling torch.compile's rivals takes most of it, so there are some
+# of one network.
 GPU_PYTHON ?= python3
 OUT ?= benchmarks/results
 GPU_BENCH := $(GPU_PYTHON) -m pytest benchmarks -q --device cuda --batch 256 --layout channels_last
 GPU_NEEDS := PIL hypothesis jinja2 numpy pytest pytest_benchmark safetensors setuptools torch torchvision tqdm triton
+GPU_PARALLEL = $(GPU_PYTHON) -c 'import importlib.util as u, os; print("-n %d" % min(12, os.cpu_count()) if u.find_spec("xdist") else "")'
 GPU_ARCHITECTURE = $(GPU_PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())'
 
 gpu:  ## builds the CUDA kernels in place, runs the GPU tests, then the benchmarks of the ImageNet networks
 	@$(GPU_PYTHON) -c 'import importlib.util as u, sys; missing = [m for m in sys.argv[1:] if not u.find_spec(m)]; sys.exit("make gpu needs these modules in " + sys.executable + ": " + " ".join(missing) if missing else 0)' $(GPU_NEEDS)
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu: torch " + torch.__version__ + " in " + sys.executable + " sees no CUDA device")'
-	BNFUSE_CUDA=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$($(GPU_ARCHITECTURE))}" $(GPU_PYTHON) setup.py -q build_ext --inplace
+	BNFUSE_CUDA=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$($(GPU_ARCHITECTURE))}" $(GPU_PYTHON) -m pip --disable-pip-version-check install -q --no-deps --no-build-isolation -e .
 	$(GPU_PYTHON) -m bnfuse doctor
-	$(GPU_PYTHON) -m pytest -q -x tests/test_gpu.py tests/test_triton.py
+	$(GPU_PYTHON) -m pytest -q -x $$($(GPU_PARALLEL)) tests/test_gpu.py tests/test_triton.py
 	BNFUSE_RESULTS=$(OUT) $(GPU_BENCH) --dtype bfloat16 --networks resnet50 resnet18 mobilenet_v2 --compile-for resnet50
 	BNFUSE_RESULTS=$(OUT) $(GPU_BENCH) --dtype float32 --networks resnet50 resnet18 --compile-for
 	$(GPU_PYTHON) benchmarks/report.py --gpu $(OUT)

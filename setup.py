@@ -10,13 +10,21 @@ built.
 import os
 import platform
 import re
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 import torch
 from setuptools import find_packages, setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths
+
+if "CUDA_HOME" not in os.environ and shutil.which("nvcc"):
+    # torch takes the folder above nvcc's for the toolkit; where nvcc on the PATH is a script, only nvcc itself knows better.
+    ran = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    if found := re.search(r"^#\$ TOP=(.+)$", ran.stdout + ran.stderr, re.MULTILINE):
+        os.environ["CUDA_HOME"] = os.path.realpath(found.group(1).strip())
+
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths  # noqa: E402
 
 # One binary serves every x86-64 processor: the kernels are compiled once for each instruction set, and the best one
 # that the processor has is chosen when the extension is loaded.
@@ -33,8 +41,8 @@ INSTRUCTION_SET_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
-# Autograd and allocators in C++ need more of torch than its stable ABI.
-FULL_API_FLAGS = {name: ["-UTORCH_TARGET_VERSION", "-O2"] for name in ("autograd.cpp", "pool.cpp")}
+# Autograd, allocators and pybind11 need more of torch than its stable ABI.
+FULL_API_FLAGS = {name: ["-UTORCH_TARGET_VERSION", "-O2"] for name in ("autograd.cpp", "pool.cpp", "module.cpp")}
 # The loops must vectorise, and NaN must flow: so what -ffast-math brings apart from its assumptions about values.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 
