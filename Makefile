@@ -44,9 +44,10 @@ gpu:  ## builds the CUDA kernels in place, runs the GPU tests, then the benchmar
 	BNFUSE_CUDA=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$($(GPU_ARCHITECTURE))}" $(GPU_PYTHON) -m pip --disable-pip-version-check install -q --no-deps --no-build-isolation -e .
 	$(GPU_PYTHON) -m bnfuse doctor
 	$(GPU_PYTHON) -m pytest -q -x $$($(GPU_PARALLEL)) tests/test_gpu.py tests/test_triton.py
-	BNFUSE_RESULTS=$(OUT) $(GPU_BENCH) --dtype bfloat16 --networks resnet50 resnet18 mobilenet_v2 --compile-for resnet50
-	BNFUSE_RESULTS=$(OUT) $(GPU_BENCH) --dtype float32 --networks resnet50 resnet18 --compile-for
-	$(GPU_PYTHON) benchmarks/report.py --gpu $(OUT)
+	failed=0; \
+	BNFUSE_RESULTS=$(OUT) $(GPU_BENCH) --dtype bfloat16 --networks resnet50 resnet18 mobilenet_v2 --compile-for resnet50 || failed=1; \
+	BNFUSE_RESULTS=$(OUT) $(GPU_BENCH) --dtype float32 --networks resnet50 resnet18 --compile-for || failed=1; \
+	$(GPU_PYTHON) benchmarks/report.py --gpu $(OUT) && exit $$failed
 
 bench-demo: install  ## the rate of the demo's synthesis with the compiled kernels over the eager reference
 	$(BIN)/python benchmarks/synthesis_rate.py

@@ -215,5 +215,10 @@ def precompile(site: Site, device: torch.device, dtype: torch.dtype, layout: str
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
     """‖actual − expected‖ ≤ tolerance·‖expected‖, in float64."""
-    error = (actual.double() - expected.double()).norm() / expected.double().norm()
+    error = relative_error(actual, expected)
     assert error <= tolerance, f"{what} is {error:.2e} off in norm, tolerated are {tolerance:.0e}: not timed"
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖, in float64."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()

@@ -1,7 +1,7 @@
-"""Turns benchmarks/results/*.json into the README's tables and the roofline picture. Measures nothing.
+"""Turns benchmarks/results/*.json into the tables of README and docs/gpu.md, and the roofline picture. Measures nothing.
 
-python benchmarks/report.py            # rewrites the block between the README's benchmark markers, and the picture
-python benchmarks/report.py --check    # exits with 1 where the README says something else than the results
+python benchmarks/report.py            # rewrites what stands between the pages' markers, and the picture
+python benchmarks/report.py --check    # exits with 1 where a page says something else than the results
 python benchmarks/report.py --gpu DIR  # prints the tables of DIR's results of a GPU, and leaves them in DIR/gpu.md
 """
 
@@ -16,6 +16,7 @@ from summary import geometric_mean, operator_means
 
 ROOT = Path(__file__).parents[1]
 RESULTS, README, PICTURE = ROOT / "benchmarks/results", ROOT / "README.md", ROOT / "docs/images/roofline.png"
+GPU_PAGE = ROOT / "docs/gpu.md"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 SIZES = ((0, 8e6, "less than 8 MB"), (8e6, 32e6, "8 to 32 MB"), (32e6, float("inf"), "more"))  # bytes
 NAMES = {"resnet20": "ResNet-20", "resnet18": "ResNet-18", "resnet50": "ResNet-50", "mobilenet_v2": "MobileNetV2"}
@@ -307,21 +308,35 @@ def _aims(result: dict) -> bool:
     return result["settings"] == wanted and result["threads"] == 2
 
 
-def gpu_report(folder: Path) -> str:
-    """The tables of every result in the folder that was measured on a GPU, each site's among them."""
+def gpu_results(folder: Path) -> dict[str, dict]:
+    """The results in the folder that were measured on a GPU, by file."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {name: result for name, result in results.items() if result.get("settings", {}).get("device") == "cuda"}
+
+
+def gpu_report(results: dict[str, dict]) -> str:
+    """The tables of every result of a GPU, each site's among them."""
     parts = []
     for name, result in results.items():
-        settings = result.get("settings", {})
-        if settings.get("device") == "cuda":
-            where = f"{result['gpu']}, {settings['dtype']}, {settings['layout']}, torch {result['torch']}, {result['date']}"
-            tables = [terminal_tables(result), sites_table(result) if "operators" in result else ""]
-            parts += [f"## {name}", f"{where}; `{result['command']}`", *filter(None, tables)]
-    if not parts:
-        raise SystemExit(f"no results of a GPU in {folder}; run `make gpu` first")
-    measured = [result for result in results.values() if result.get("settings", {}).get("device") == "cuda"]
-    parts += ["## What we aim at on a GPU, in bfloat16 and channels_last", gpu_targets_table(measured)]
+        tables = [terminal_tables(result), sites_table(result) if "operators" in result else ""]
+        parts += [f"## {name}", gpu_circumstances(result), *filter(None, tables)]
+    parts += ["## What we aim at on a GPU, in bfloat16 and channels_last", gpu_targets_table(list(results.values()))]
     return "\n\n".join(parts) + "\n"
+
+
+def gpu_circumstances(result: dict) -> str:
+    settings = result["settings"]
+    where = f"{result['gpu']}, {settings['dtype']}, {settings['layout']}, torch {result['torch']}, {result['date']}"
+    return f"{where}; `{result['command']}`"
+
+
+def gpu_block(results: dict[str, dict]) -> str:
+    """What README shows of a GPU: the sites in 16 bits, and the targets."""
+    parts = []
+    for name, result in results.items():
+        if "operators" in result and result["settings"]["dtype"] == "bfloat16":
+            parts += [f"{gpu_circumstances(result)} ([result](benchmarks/results/{name}.json)).", operators_table(result)]
+    return "\n\n".join([*parts, gpu_targets_table(list(results.values()))])
 
 
 # ---- the README ----
@@ -438,21 +453,28 @@ def main() -> None:
     parser.add_argument("--gpu", type=Path, metavar="DIR", help="print and leave there the tables of its results on a GPU")
     args = parser.parse_args()
     if args.gpu:
-        report = gpu_report(args.gpu)
+        if not (results := gpu_results(args.gpu)):
+            raise SystemExit(f"no results of a GPU in {args.gpu}; run `make gpu` first")
+        report = gpu_report(results)
         (args.gpu / "gpu.md").write_text(report)
         print(f"{report}\nwrote {args.gpu / 'gpu.md'}")
         return
-    results = load_results(RESULTS)
+    results, on_gpu = load_results(RESULTS), gpu_results(RESULTS)
     if not results:
         raise SystemExit(f"no results in {RESULTS}; run `make bench` first")
-    written = README.read_text()
-    wanted = with_block(written, readme_block(results))
+    wanted = {README: with_block(README.read_text(), readme_block(results))}
+    if on_gpu:
+        markers = "<!-- gpu -->", "<!-- /gpu -->"
+        wanted[README] = with_block(wanted[README], gpu_block(on_gpu), *markers)
+        wanted[GPU_PAGE] = with_block(GPU_PAGE.read_text(), gpu_report(on_gpu).rstrip(), *markers)
     if args.check:
-        sys.exit(0 if wanted == written else f"{README.name} does not show {RESULTS}; run `python benchmarks/report.py`")
-    README.write_text(wanted)
+        stale = [page.name for page, text in wanted.items() if page.read_text() != text]
+        sys.exit(f"not what {RESULTS} has: {', '.join(stale)}; run `python benchmarks/report.py`" if stale else 0)
+    for page, text in wanted.items():
+        page.write_text(text)
     if "operators" in results:
         draw_roofline(results["operators"], PICTURE)
-    print(f"wrote {README} and {PICTURE}")
+    print(f"wrote {', '.join(map(str, wanted))} and {PICTURE}")
 
 
 if __name__ == "__main__":

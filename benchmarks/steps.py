@@ -7,11 +7,12 @@ loss is DeepInversion's, the L2 distance from the network's running statistics a
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from contenders import assert_near, hook_distance
+from contenders import assert_near, hook_distance, relative_error
 from sites import NETWORKS
 from timing import OURS
 from torch import Tensor, nn
@@ -20,8 +21,11 @@ from bnfuse import Matcher, freeze, fuse
 from bnfuse.fusion import FusedBatchNorm
 
 # Loss and image gradient of a whole network in norm, against the eager hook in float64. In float64 the two only sum in other
-# orders; in the timed dtype a ReLU whose input is rounded to the other side of 0 changes what it lets through.
+# orders; in the timed dtype a ReLU whose input is rounded to the other side of 0 changes what it lets through. What that makes
+# of a gradient differs from network to network (in bfloat16, with random weights, MobileNetV2's is off by two thirds of its
+# norm): more than these is tolerated only as far as the eager hook in the same dtype is itself away from float64.
 WIDE_TOLERANCE = 1e-9
+AS_EXACT = 1.25  # times the eager hook's own error
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 GRADIENT_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 3e-1, torch.float16: 1e-1}
 
@@ -163,22 +167,26 @@ def verify(model: nn.Module, losses: dict, images: Tensor, labels: Tensor, autoc
     `autocast`: the dtype that all of them are under autocast to, None where they are not.
     """
     few, wide = images[:2], copy.deepcopy(model).double()
+    as_timed = lambda loss: AutocastLoss(loss, autocast) if autocast else loss
     expected = value_and_gradient(HookLoss(wide, labels[:2]), few.double())
     exact = value_and_gradient(FusedLoss(wide, labels[:2]), few.double())
-    fused = FusedLoss(model, labels[:2])
-    timed = value_and_gradient(AutocastLoss(fused, autocast) if autocast else fused, few)
+    timed = value_and_gradient(as_timed(FusedLoss(model, labels[:2])), few)
+    eager = value_and_gradient(as_timed(HookLoss(model, labels[:2])), few)
     dtype = autocast or images.dtype
-    loss_tolerance, gradient_tolerance = tolerances(dtype, images.device)
-    for computed_in, limits, (value, gradient) in (
+    given = tolerances(dtype, images.device)
+    own = [AS_EXACT * relative_error(found, wanted) for found, wanted in zip(eager, expected)]
+    limits = [max(limit, error) for limit, error in zip(given, own)]
+    for computed_in, (loss_limit, gradient_limit), (value, gradient) in (
         (torch.float64, (WIDE_TOLERANCE, WIDE_TOLERANCE), exact),
-        (dtype, (loss_tolerance, gradient_tolerance), timed),
+        (dtype, limits, timed),
     ):
-        assert_near(value, expected[0], limits[0], f"loss in {computed_in}")
-        assert_near(gradient, expected[1], limits[1], f"image gradient in {computed_in}")
+        assert_near(value, expected[0], loss_limit, f"loss in {computed_in}")
+        assert_near(gradient, expected[1], gradient_limit, f"image gradient in {computed_in}")
     ours = value_and_gradient(*losses[OURS, ""])
+    between = [max(limit, math.sqrt(2) * error) for limit, error in zip(given, own)]  # what two of them round differs
     for name, layout in losses:
         if name in (OURS, "plain", "conv_only"):
             continue
         value, gradient = value_and_gradient(*losses[name, layout])
-        assert_near(ours[0], value, loss_tolerance, f"loss against {name}")
-        assert_near(ours[1], gradient, gradient_tolerance, f"image gradient against {name}")
+        assert_near(ours[0], value, between[0], f"loss against {name}")
+        assert_near(ours[1], gradient, between[1], f"image gradient against {name}")

@@ -248,8 +248,16 @@ struct BnForwardWithTargets : torch::autograd::Function<BnForwardWithTargets> {
           ctx, {saved[MEAN]}, {saved[VAR]}, saved[TARGET_MEAN], saved[TARGET_VAR], saved[CLASSES], weight);
       for (const Saved coefficients : {DMEAN, DVAR}) saved[coefficients] = saved[coefficients].view_as(saved[MEAN]);
     }
-    const Tensor dmean = scaled_sum(gradients[4], saved[DMEAN], gradients[1]);
-    const Tensor dvar = scaled_sum(gradients[4], saved[DVAR], gradients[2]);
+    Tensor dmean, dvar;
+    const bool loss_alone = gradients[4].defined() && !gradients[1].defined() && !gradients[2].defined();
+    if (loss_alone && gradients[4].is_cuda() && !at::GradMode::is_enabled()) {
+      std::vector<Tensor> scaled = at::_foreach_mul({saved[DMEAN], saved[DVAR]}, gradients[4]);  // one launch
+      dmean = std::move(scaled[0]);
+      dvar = std::move(scaled[1]);
+    } else {
+      dmean = scaled_sum(gradients[4], saved[DMEAN], gradients[1]);
+      dvar = scaled_sum(gradients[4], saved[DVAR], gradients[2]);
+    }
     auto [dx, dresidual] = backward_of_site(ctx, saved, gradients[0], dmean, dvar);
     variable_list result{dx, dresidual};
     result.resize(17);
@@ -389,8 +397,11 @@ struct FrozenConvolution : torch::autograd::Function<FrozenConvolution> {
     if (weight.is_cpu()) {  // memory that nobody touches costs nothing, and some convolutions copy what is not dense
       x = at::empty_strided(sizes, data["strides"].toIntVector(), weight.options());
     } else {  // one element, expanded; what its strides cannot say of the layout, the weight's do
-      x = at::empty({}, weight.options()).expand(sizes);
-      weight = in_format(weight, static_cast<at::MemoryFormat>(data["format"].toInt()));
+      const auto format = static_cast<at::MemoryFormat>(data["format"].toInt());
+      weight = in_format(weight, format);
+      x = weight.suggest_memory_format() == format
+              ? at::empty({}, weight.options()).expand(sizes)
+              : at::empty_strided(sizes, data["strides"].toIntVector(), weight.options());  // [O, 1, 1, 1] has no format
     }
     const auto [dx, _weight, _bias] = at::convolution_backward(
         gradients[0], x, weight, std::nullopt, stride, data["padding"].toIntVector(), data["dilation"].toIntVector(), false,

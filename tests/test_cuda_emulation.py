@@ -415,12 +415,14 @@ SITES += [(32, 112), (96, 112), (16, 112), (24, 56), (144, 56), (192, 28), (384,
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("channels, size", SITES)
 def test_networks_fill_the_device(kernels, channels, size, channels_last):
-    """Every site of ResNet-18/50 and MobileNetV2 at 224 pixels, 256 images: whole vectors, blocks for all multiprocessors,
-    threads with work, and partial moments that are little beside x."""
+    """Every site of ResNet-18/50 and MobileNetV2 at 224 pixels, 256 images: whole vectors, blocks that all multiprocessors hold
+    at a time, or take in turns that are full, threads with work, and partial moments that are little beside x."""
     for groups in (1, 10):
         cut = plan(kernels, (256, channels, size, size), channels_last, groups)
         assert cut.aligned and LAYOUTS[cut.layout] == ("rows" if channels_last else "planes" if size % 4 == 0 else "packed")
-        assert 2 * 132 <= cut.blocks <= 20 * 132 * max(1, groups // 2)
+        places = 132 * {"rows": 1, "packed": 1, "planes": 3}[LAYOUTS[cut.layout]]
+        turns = cut.blocks / places  # with more groups some of the blocks have nothing to do, and which is not known here
+        assert turns <= 10 and (groups > 1 or turns / math.ceil(turns) >= 0.8), f"{cut.blocks} blocks for {places} places"
         assert cut.used >= 0.85 * cut.threads
         assert 2 * 8 * cut.partials <= 0.08 * 2 * 2 * 256 * channels * size**2
 

@@ -1,11 +1,22 @@
-// Activations and their derivatives on vectors. Which one is a run-time argument, looked at once a vector: templates would
-// multiply the kernels by six for a branch that all threads take alike.
+// Activations and their derivatives on vectors. Kernels are compiled for the two that networks are made of; any other is a
+// run-time argument, looked at once a vector.
 #pragma once
 
 #include "vectors.cuh"
 
 namespace bnfuse {
 namespace {
+
+enum class ActKind { identity, relu, any };
+
+inline ActKind kind_of(Act act) {
+  return act == Act::identity ? ActKind::identity : act == Act::relu ? ActKind::relu : ActKind::any;
+}
+
+// An activation of the kind.
+constexpr Act act_of(ActKind kind) {
+  return kind == ActKind::identity ? Act::identity : kind == ActKind::relu ? Act::relu : Act::silu;
+}
 
 template <Act ACT, typename A>
 BNFUSE_DEVICE void activate_as(A (&z)[VECTOR], A slope) {
@@ -14,8 +25,10 @@ BNFUSE_DEVICE void activate_as(A (&z)[VECTOR], A slope) {
 }
 
 // z ← act(z)
-template <typename A>
+template <ActKind KIND, typename A>
 BNFUSE_DEVICE void activate(A (&z)[VECTOR], Act act, A slope) {
+  if (KIND == ActKind::identity) return;
+  if (KIND == ActKind::relu) return activate_as<Act::relu>(z, slope);
   switch (act) {
     case Act::identity: break;
     case Act::relu: activate_as<Act::relu>(z, slope); break;
@@ -33,8 +46,9 @@ BNFUSE_DEVICE void differentiate_as(A (&z)[VECTOR], A slope) {
 }
 
 // z ← act'(z)
-template <typename A>
+template <ActKind KIND, typename A>
 BNFUSE_DEVICE void differentiate(A (&z)[VECTOR], Act act, A slope) {
+  if (KIND == ActKind::relu) return differentiate_as<Act::relu>(z, slope);
   switch (act) {
     case Act::identity: differentiate_as<Act::identity>(z, slope); break;
     case Act::relu: differentiate_as<Act::relu>(z, slope); break;
@@ -46,12 +60,12 @@ BNFUSE_DEVICE void differentiate(A (&z)[VECTOR], Act act, A slope) {
 }
 
 // Bit i: whether z[i] stands where the two-slope activation's derivative is 1.
-template <typename A>
+template <ActKind KIND, typename A>
 BNFUSE_DEVICE uint32_t upper_slope_bits(const A (&z)[VECTOR], Act act) {
   uint32_t bits = 0;
 #pragma unroll
   for (int i = 0; i < VECTOR; ++i) {
-    const bool upper = act == Act::relu6 ? on_upper_slope<Act::relu6>(z[i]) : on_upper_slope<Act::relu>(z[i]);
+    const bool upper = KIND == ActKind::any && act == Act::relu6 ? on_upper_slope<Act::relu6>(z[i]) : on_upper_slope<Act::relu>(z[i]);
     bits |= uint32_t(upper) << i;
   }
   return bits;

@@ -18,12 +18,14 @@ BNFUSE_DEVICE uint32_t load_packed_mask(const Walk& walk, const Columns& columns
   return bits;
 }
 
-// RESIDUAL: act' comes from x and a residual; otherwise the residual is not looked at.
-template <typename T, Access ACCESS, bool RESIDUAL>
-__global__ void __launch_bounds__(MOST_THREADS, BLOCKS_RESIDENT<T, ACCESS>)
+template <typename T, Access ACCESS, Derivative DERIVATIVE>
+__global__ void __launch_bounds__(PLACES<T, ACCESS, backward_is_lean(DERIVATIVE)>.threads,
+                                  PLACES<T, ACCESS, backward_is_lean(DERIVATIVE)>.resident)
     backward_kernel(const __grid_constant__ BackwardPass f) {
   using A = Accumulator<T>;
-  constexpr bool ALIGNED = ACCESS != Access::elements;
+  constexpr bool ALIGNED = ACCESS != Access::elements, RESIDUAL = DERIVATIVE == Derivative::residual;
+  constexpr bool MASK = DERIVATIVE == Derivative::mask, DERIVES = !MASK && DERIVATIVE != Derivative::one;
+  constexpr ActKind KIND = DERIVATIVE == Derivative::relu ? ActKind::relu : ActKind::any;
   constexpr int FLIGHT = VECTORS_IN_FLIGHT<T, RESIDUAL ? 3 : 2>;
   const Walk& walk = f.walk;
   const Chunk chunk = find_chunk(walk, f.group_starts, blockIdx.x / walk.tiles);
@@ -35,14 +37,12 @@ __global__ void __launch_bounds__(MOST_THREADS, BLOCKS_RESIDENT<T, ACCESS>)
   const T* residual = static_cast<const T*>(f.residual);
   T* dx = static_cast<T*>(f.dx);
   T* dresidual = static_cast<T*>(f.dresidual);
-  const bool derives = dy && !f.mask && f.act != Act::identity;  // act' from x and residual
-  const bool reads_x = derives || f.dvar;
-  const bool packed = ACCESS == Access::rows && walk.layout == Layout::packed;
+  const bool reads_x = DERIVES || f.dvar;
   const A slope = A(f.slope), below = A(lower_slope(f.act, f.slope));
 
   PerChannel<A, ACCESS> scale, shift, mean, of_mean, of_var;
   if (dy) scale.load(walk, columns, static_cast<const A*>(f.scale));
-  if (derives) shift.load(walk, columns, static_cast<const A*>(f.shift));
+  if (DERIVES) shift.load(walk, columns, static_cast<const A*>(f.shift));
   const A elements = A((chunk.group_rows.end - chunk.group_rows.begin) * walk.run);
   const int64_t group_at = chunk.group * walk.channels;
   if (f.dmean) {
@@ -56,66 +56,65 @@ __global__ void __launch_bounds__(MOST_THREADS, BLOCKS_RESIDENT<T, ACCESS>)
   }
 
   Cursor<ACCESS> ahead(walk, columns, chunk.rows), current = ahead;
-  const int32_t steps = steps_of_block(walk, chunk.rows);
-  for (int32_t step = 0; step < steps; step += FLIGHT) {
-    Vector<T> gradient[FLIGHT], input[FLIGHT], added[RESIDUAL ? FLIGHT : 1];
-    uint32_t bits[FLIGHT] = {};
+  Vector<T> gradient[FLIGHT], input[FLIGHT], added[FLIGHT];
+  uint32_t bits[FLIGHT];
+  const auto load_next = [&](int u) {
+    const int count = ahead.count();
+    if (dy) gradient[u] = load<ALIGNED>(dy + ahead.at, count);
+    if (reads_x) input[u] = load<ALIGNED>(x + ahead.at, count);
+    if (RESIDUAL) added[u] = load<ALIGNED>(residual + ahead.at, count);
+    if (MASK) bits[u] = ACCESS == Access::packed ? load_packed_mask(walk, columns, f.mask + ahead.byte) : f.mask[ahead.byte];
+    ahead.advance(walk);
+  };
+  const auto use_next = [&](int u) {
+    const int count = current.count();
+    A dz[VECTOR] = {}, result[VECTOR];  // act'·dy; dx
 #pragma unroll
-    for (int u = 0; u < FLIGHT; ++u) {
-      const int count = ahead.count();
-      if (count > 0) {
-        if (dy) gradient[u] = load<ALIGNED>(dy + ahead.at, count);
-        if (reads_x) input[u] = load<ALIGNED>(x + ahead.at, count);
-        if (RESIDUAL) added[u] = load<ALIGNED>(residual + ahead.at, count);
-        if (f.mask)
-          bits[u] = packed ? load_packed_mask(walk, columns, f.mask + ahead.byte) : f.mask[ahead.byte];
-      }
-      ahead.advance(walk);
+    for (int i = 0; i < VECTOR; ++i) result[i] = of_mean[i];
+    if (f.dvar) {
+      A values[VECTOR];
+      widen(input[u], values);
+#pragma unroll
+      for (int i = 0; i < VECTOR; ++i) result[i] += of_var[i] * (values[i] - mean[i]);
     }
+    if (dy) {
+      widen(gradient[u], dz);
+      if (MASK) {
 #pragma unroll
-    for (int u = 0; u < FLIGHT; ++u) {
-      const int count = current.count();
-      if (count > 0) {
-        A dz[VECTOR] = {};  // act'·dy
-        if (dy) {
-          widen(gradient[u], dz);
-          if (f.mask) {
+        for (int i = 0; i < VECTOR; ++i) dz[i] *= bits[u] >> i & 1u ? A(1) : below;
+      } else if (DERIVES) {
+        A z[VECTOR];
+        widen(input[u], z);
 #pragma unroll
-            for (int i = 0; i < VECTOR; ++i) dz[i] *= bits[u] >> i & 1u ? A(1) : below;
-          } else if (derives) {
-            A z[VECTOR];
-            widen(input[u], z);
+        for (int i = 0; i < VECTOR; ++i) z[i] = z[i] * scale[i] + shift[i];
+        if (RESIDUAL) {
+          A more[VECTOR];
+          widen(added[u], more);
 #pragma unroll
-            for (int i = 0; i < VECTOR; ++i) z[i] = z[i] * scale[i] + shift[i];
-            if (RESIDUAL) {
-              A more[VECTOR];
-              widen(added[u], more);
-#pragma unroll
-              for (int i = 0; i < VECTOR; ++i) z[i] += more[i];
-            }
-            differentiate(z, f.act, slope);
-#pragma unroll
-            for (int i = 0; i < VECTOR; ++i) dz[i] *= z[i];
-          }
+          for (int i = 0; i < VECTOR; ++i) z[i] += more[i];
         }
-        A result[VECTOR];
-        if (f.dvar) {
-          widen(input[u], result);
+        differentiate<KIND>(z, f.act, slope);
 #pragma unroll
-          for (int i = 0; i < VECTOR; ++i) result[i] = of_mean[i] + of_var[i] * (result[i] - mean[i]);
-        } else {
-#pragma unroll
-          for (int i = 0; i < VECTOR; ++i) result[i] = of_mean[i];
-        }
-        if (dy) {
-#pragma unroll
-          for (int i = 0; i < VECTOR; ++i) result[i] += scale[i] * dz[i];
-        }
-        store<ALIGNED>(dx + current.at, count, narrow<T>(result));
-        if (dresidual) store<ALIGNED>(dresidual + current.at, count, narrow<T>(dz));
+        for (int i = 0; i < VECTOR; ++i) dz[i] *= z[i];
       }
-      current.advance(walk);
+#pragma unroll
+      for (int i = 0; i < VECTOR; ++i) result[i] += scale[i] * dz[i];
     }
+    store<ALIGNED>(dx + current.at, count, narrow<T>(result));
+    if (dresidual) store<ALIGNED>(dresidual + current.at, count, narrow<T>(dz));
+    current.advance(walk);
+  };
+  const int32_t total = current.total();
+  int32_t k = 0;
+  for (; k + FLIGHT <= total; k += FLIGHT) {
+#pragma unroll
+    for (int u = 0; u < FLIGHT; ++u) load_next(u);
+#pragma unroll
+    for (int u = 0; u < FLIGHT; ++u) use_next(u);
+  }
+  for (; k < total; ++k) {
+    load_next(0);
+    use_next(0);
   }
 }
 

@@ -26,6 +26,27 @@ struct BackwardPass {
   void* dresidual;              // like x, or null
 };
 
+// Where act' comes from.
+enum class Derivative {
+  one,       // there is none, or no dy
+  mask,      // two slopes
+  relu,      // x, for ReLU
+  any,       // x, for any activation
+  residual,  // x and the residual, which is looked at here alone
+};
+
+inline Derivative derivative_of(const BackwardPass& backward) {
+  if (!backward.dy || (backward.act == Act::identity && !backward.mask)) return Derivative::one;
+  if (backward.mask) return Derivative::mask;
+  if (backward.residual) return Derivative::residual;
+  return backward.act == Act::relu ? Derivative::relu : Derivative::any;
+}
+
+// Whether the kernel for this needs few registers.
+BNFUSE_INLINE constexpr bool backward_is_lean(Derivative derivative) {
+  return derivative != Derivative::any && derivative != Derivative::residual;
+}
+
 // One launch, on `stream`.
 void backward_on_cuda(DType dtype, const BackwardPass& backward, Stream stream);
 

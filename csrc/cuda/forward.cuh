@@ -22,9 +22,14 @@ BNFUSE_DEVICE void store_packed_mask(const Walk& walk, const Columns& columns, c
   });
 }
 
+template <typename T, Access ACCESS, bool RESIDUAL, ActKind KIND>
+constexpr Places FORWARD_PLACES =
+    PLACES<T, ACCESS, forward_is_lean(act_of(KIND), RESIDUAL, ACCESS == Access::planes)>;
+
 // Moments of x, and y and its mask where they are wanted. RESIDUAL: there is one, and only then may there be a mask.
-template <typename T, Access ACCESS, bool RESIDUAL>
-__global__ void __launch_bounds__(MOST_THREADS, BLOCKS_RESIDENT<T, ACCESS>)
+template <typename T, Access ACCESS, bool RESIDUAL, ActKind KIND>
+__global__ void __launch_bounds__(FORWARD_PLACES<T, ACCESS, RESIDUAL, KIND>.threads,
+                                  FORWARD_PLACES<T, ACCESS, RESIDUAL, KIND>.resident)
     forward_kernel(const __grid_constant__ ForwardPass f) {
   using A = Accumulator<T>;
   constexpr bool ALIGNED = ACCESS != Access::elements;
@@ -41,59 +46,79 @@ __global__ void __launch_bounds__(MOST_THREADS, BLOCKS_RESIDENT<T, ACCESS>)
   const T* x = static_cast<const T*>(f.x);
   const T* residual = static_cast<const T*>(f.residual);
   T* y = static_cast<T*>(f.y);
-  const bool packs_mask = RESIDUAL && ACCESS == Access::rows && f.mask && walk.layout == Layout::packed;
+  const bool packs_mask = RESIDUAL && ACCESS == Access::packed && f.mask;
   const A slope = A(f.slope);
   PerChannel<A, ACCESS> scale, shift;
   scale.load(walk, columns, static_cast<const A*>(f.scale));
   shift.load(walk, columns, static_cast<const A*>(f.shift));
-
   Moments<A, ACCESS> moments;
-  Cursor<ACCESS> ahead(walk, columns, chunk.rows), current = ahead;
-  const int32_t steps = steps_of_block(walk, chunk.rows);
-  for (int32_t step = 0; step < steps; step += FLIGHT) {
-    Vector<T> loaded[FLIGHT], added[RESIDUAL ? FLIGHT : 1];
+
+  // Takes a vector's moments and writes its y, and its bits of the mask unless planes are packed; returns these.
+  const auto use = [&](const Vector<T>& loaded, const Vector<T>& added, const Cursor<ACCESS>& at) {
+    const int count = at.count();
+    uint32_t bits = 0;
+    A z[VECTOR];
+    widen(loaded, z);
+    moments.add(z, count);
+    if (!y) return bits;
 #pragma unroll
-    for (int u = 0; u < FLIGHT; ++u) {
-      const int count = ahead.count();
-      if (count > 0) {
-        loaded[u] = load<ALIGNED>(x + ahead.at, count);
-        if (RESIDUAL) added[u] = load<ALIGNED>(residual + ahead.at, count);
+    for (int i = 0; i < VECTOR; ++i) z[i] = z[i] * scale[i] + shift[i];
+    if (RESIDUAL) {
+      A more[VECTOR];
+      widen(added, more);
+#pragma unroll
+      for (int i = 0; i < VECTOR; ++i) z[i] += more[i];
+      if (f.mask) {
+        bits = upper_slope_bits<KIND>(z, f.act);
+        if (!packs_mask) f.mask[at.byte] = uint8_t(bits & ((1u << count) - 1));
       }
-      ahead.advance(walk);
     }
+    activate<KIND>(z, f.act, slope);
+    store<ALIGNED>(y + at.at, count, narrow<T>(z));
+    return bits;
+  };
+
+  Cursor<ACCESS> ahead(walk, columns, chunk.rows), current = ahead;
+  Vector<T> loaded[FLIGHT], added[FLIGHT];
+  const auto load_next = [&](int u) {
+    loaded[u] = load<ALIGNED>(x + ahead.at, ahead.count());
+    if (RESIDUAL) added[u] = load<ALIGNED>(residual + ahead.at, ahead.count());
+    ahead.advance(walk);
+  };
+  const auto use_next = [&](int u) {
+    use(loaded[u], added[u], current);
+    current.advance(walk);
+  };
+  const int32_t total = current.total();
+  if (packs_mask) {
+    for (int32_t k = 0, most = most_vectors(walk, chunk.rows); k < most; ++k) {
+      uint8_t* staged = shared_memory();
+      if (k < total) load_next(0);
+      staged[threadIdx.x] = k < total ? uint8_t(use(loaded[0], added[0], current)) : 0;
+      __syncthreads();
+      if (k < total) store_packed_mask(walk, columns, staged, f.mask + current.byte);
+      __syncthreads();
+      current.advance(walk);
+    }
+  } else {
+    int32_t k = 0;
+    if (total >= FLIGHT) {  // as soon as a vector is used the next one is asked for in its place
 #pragma unroll
-    for (int u = 0; u < FLIGHT; ++u) {
-      const int count = current.count();
-      uint32_t bits = 0;
-      if (count > 0) {
-        A z[VECTOR];
-        widen(loaded[u], z);
-        moments.add(z, count);
-        if (y) {
+      for (int u = 0; u < FLIGHT; ++u) load_next(u);
+      for (; k + 2 * FLIGHT <= total; k += FLIGHT) {
 #pragma unroll
-          for (int i = 0; i < VECTOR; ++i) z[i] = z[i] * scale[i] + shift[i];
-          if (RESIDUAL) {
-            A more[VECTOR];
-            widen(added[u], more);
-#pragma unroll
-            for (int i = 0; i < VECTOR; ++i) z[i] += more[i];
-            if (f.mask) {
-              bits = upper_slope_bits(z, f.act);
-              if (!packs_mask) f.mask[current.byte] = uint8_t(bits & ((1u << count) - 1));
-            }
-          }
-          activate(z, f.act, slope);
-          store<ALIGNED>(y + current.at, count, narrow<T>(z));
+        for (int u = 0; u < FLIGHT; ++u) {
+          use_next(u);
+          load_next(u);
         }
       }
-      if (packs_mask) {
-        uint8_t* staged = shared_memory();
-        staged[threadIdx.x] = uint8_t(bits);
-        __syncthreads();
-        if (count > 0) store_packed_mask(walk, columns, staged, f.mask + current.byte);
-        __syncthreads();
-      }
-      current.advance(walk);
+#pragma unroll
+      for (int u = 0; u < FLIGHT; ++u) use_next(u);
+      k += FLIGHT;
+    }
+    for (; k < total; ++k) {
+      load_next(0);
+      use_next(0);
     }
   }
   write_partials(walk, columns, number, moments, SharedMoments<A>(shared_memory()), static_cast<Partial<A>*>(f.partials));
@@ -101,7 +126,7 @@ __global__ void __launch_bounds__(MOST_THREADS, BLOCKS_RESIDENT<T, ACCESS>)
 
 // mean and var [G, C] from the partial moments, in the order of the chunks; a team of threads a channel of a group.
 template <typename A>
-__global__ void __launch_bounds__(MOST_THREADS) finish_kernel(const __grid_constant__ Finish f) {
+__global__ void __launch_bounds__(SMALL_THREADS, 1) finish_kernel(const __grid_constant__ Finish f) {
   const Walk& walk = f.walk;
   const int32_t channels_a_block = blockDim.x / f.team, lane = threadIdx.x % f.team;
   const int64_t blocks_a_group = (walk.channels + channels_a_block - 1) / channels_a_block;
@@ -110,6 +135,7 @@ __global__ void __launch_bounds__(MOST_THREADS) finish_kernel(const __grid_const
   const Rows rows = rows_of_group(walk, f.group_starts, group);
   const int64_t entries = (rows.end - rows.begin + walk.chunk_rows - 1) / walk.chunk_rows * walk.parts;
   const bool exists = channel < walk.channels;
+  wait_for_previous_kernel();
 
   PivotSums sums;
   double pivot = 0;
@@ -120,14 +146,31 @@ __global__ void __launch_bounds__(MOST_THREADS) finish_kernel(const __grid_const
         static_cast<const Partial<A>*>(f.partials) + first_chunk(walk, rows, group) * stride + channel * walk.parts;
     const int64_t part_elements = int64_t(VECTOR) * walk.steps * walk.wide;
     pivot = partials[0].mean;
-#pragma unroll 8
-    for (int64_t e = lane; e < entries; e += f.team) {
-      const int64_t chunk = walk.parts == 1 ? e : e / walk.parts, part = e - chunk * walk.parts;
-      const Partial<A> partial = partials[chunk * stride + part];
-      const int64_t rows_left = rows.end - rows.begin - chunk * walk.chunk_rows;
-      const int64_t run_left = walk.run - part * part_elements;
-      const int64_t run = walk.parts > 1 && run_left > part_elements ? part_elements : run_left;
-      sums.add(double((rows_left < walk.chunk_rows ? rows_left : walk.chunk_rows) * run), partial.mean, partial.m2, pivot);
+    const int64_t group_rows = rows.end - rows.begin;
+    if (walk.parts == 1) {
+      const int32_t whole = int32_t(group_rows / walk.chunk_rows);  // chunks
+      constexpr int HELD = 8;  // partial moments that are asked for before the first is used
+      for (int32_t first = lane; first < int32_t(entries); first += HELD * f.team) {
+        Partial<A> partial[HELD];
+#pragma unroll
+        for (int h = 0; h < HELD; ++h)
+          if (first + h * f.team < int32_t(entries)) partial[h] = partials[(first + h * f.team) * stride];
+#pragma unroll
+        for (int h = 0; h < HELD; ++h) {
+          const int32_t e = first + h * f.team;
+          const int64_t chunk = e < whole ? walk.chunk_rows : group_rows - whole * walk.chunk_rows;
+          if (e < int32_t(entries)) sums.add(double(chunk * walk.run), partial[h].mean, partial[h].m2, pivot);
+        }
+      }
+    } else {
+      for (int64_t e = lane; e < entries; e += f.team) {
+        const int64_t chunk = e / walk.parts, part = e - chunk * walk.parts;
+        const Partial<A> partial = partials[chunk * stride + part];
+        const int64_t rows_left = group_rows - chunk * walk.chunk_rows;
+        const int64_t run_left = walk.run - part * part_elements;
+        const int64_t run = run_left > part_elements ? part_elements : run_left;
+        sums.add(double((rows_left < walk.chunk_rows ? rows_left : walk.chunk_rows) * run), partial.mean, partial.m2, pivot);
+      }
     }
   }
   sums.add_up(f.team);

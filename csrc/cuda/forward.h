@@ -47,6 +47,11 @@ struct Finish {
   void* dvar;                   // A [G, C]
 };
 
+// Whether the kernel for these needs few registers.
+BNFUSE_INLINE constexpr bool forward_is_lean(Act act, bool residual, bool planes) {
+  return residual ? act == Act::relu && !planes : act == Act::relu || act == Act::identity;
+}
+
 // Both launches, on `stream`.
 void forward_on_cuda(DType dtype, const ForwardPass& forward, const Finish& finish, Stream stream);
 

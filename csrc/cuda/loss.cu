@@ -11,9 +11,9 @@ void launch_loss(Loss loss, const std::vector<LossSite>& sites, Stream stream) {
     const int64_t count = std::min<int64_t>(SITES_A_LAUNCH, loss.sites - loss.first_site);
     std::copy_n(sites.begin() + loss.first_site, count, loss.site);
     if (loss.groups)
-      launch("bn_loss", distances_kernel<A>, count * loss.groups, MOST_THREADS, LOSS_SHARED_BYTES, stream, loss);
+      launch("bn_loss", distances_kernel<A>, count * loss.groups, SMALL_THREADS, LOSS_SHARED_BYTES, stream, loss);
   }
-  launch("bn_loss's sum", loss_kernel<A>, 1, MOST_THREADS, LOSS_SHARED_BYTES, stream, loss);
+  launch("bn_loss's sum", loss_kernel<A>, 1, SMALL_THREADS, LOSS_SHARED_BYTES, stream, loss);
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ BNFUSE_DEVICE double weight_of(const Loss& f, int64_t site) {
 }
 
 template <typename A>
-__global__ void __launch_bounds__(MOST_THREADS) distances_kernel(const __grid_constant__ Loss f) {
+__global__ void __launch_bounds__(SMALL_THREADS, 1) distances_kernel(const __grid_constant__ Loss f) {
   const int64_t group = blockIdx.x % f.groups, in_launch = blockIdx.x / f.groups, s = f.first_site + in_launch;
   const LossSite& site = f.site[in_launch];
   const int64_t row = target_row(f.classes, f.table_rows, group), target = row * f.width + site.column;
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(MOST_THREADS) distances_kernel(const __grid_co
 
 // One block.
 template <typename A>
-__global__ void __launch_bounds__(MOST_THREADS) loss_kernel(const __grid_constant__ Loss f) {
+__global__ void __launch_bounds__(SMALL_THREADS) loss_kernel(const __grid_constant__ Loss f) {
   double sum = 0, unused = 0;
   for (int64_t i = threadIdx.x; i < f.groups * f.sites; i += blockDim.x)
     sum += weight_of<A>(f, i % f.sites) * double(static_cast<const A*>(f.distances)[i]);

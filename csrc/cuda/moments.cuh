@@ -48,7 +48,7 @@ struct Moments {
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) {
       if (!WHOLE && i >= present) continue;
-      if (!WHOLE || i == 0) share = A(1) / A(++counts[i]);
+      if (!WHOLE || i == 0) share = reciprocal(A(++counts[i]));
       const A before = x[i] - mean[i];
       mean[i] += before * share;
       m2[i] += before * (x[i] - mean[i]);

@@ -26,15 +26,15 @@ const void* read(const OptionalTensor& tensor) { return tensor ? bnfuse::read(*t
 
 const int64_t* read_integers(const Tensor& tensor) { return static_cast<const int64_t*>(bnfuse::read(tensor)); }
 
-// How x is walked by a kernel that reads and writes these tensors, all like x; null ones are none.
-Walk walk_over(const Input& input, const Device& device, const Tensor& group_starts,
+// How x is walked by a kernel that reads and writes these tensors, all like x; null ones are none. `lean`: see places_of.
+Walk walk_over(const Input& input, const Device& device, const Tensor& group_starts, bool lean,
                std::initializer_list<const void*> tensors) {
   STD_TORCH_CHECK(input.plane_size <= MOST_PLANE, "x has planes of ", input.plane_size, " elements, more than ", MOST_PLANE);
   const bool aligned = input.dtype != DType::float64 && std::all_of(tensors.begin(), tensors.end(), [](const void* data) {
     return reinterpret_cast<uintptr_t>(data) % 16 == 0;
   });
   const Walk walk = make_walk(input.samples, input.channels, input.plane_size, input.planes, group_starts.numel() - 1, aligned,
-                              device.multiprocessors);
+                              input.dtype == DType::float64, lean, device.multiprocessors);
   STD_TORCH_CHECK(walk.blocks() <= std::numeric_limits<int32_t>::max(), "x is cut into ", walk.blocks(),
                   " blocks, more than a CUDA grid holds; use fewer groups");
   return walk;
@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor> run_forward(ForwardPass f, Finish finish, const Input
   Tensor var = torch::stable::new_empty(x, {groups, input.channels}, dtype);
   f.x = read(x);
   f.group_starts = read_integers(group_starts);
-  f.walk = walk_over(input, device, group_starts, {f.x, f.residual, f.y});
+  f.walk = walk_over(input, device, group_starts, forward_is_lean(f.act, f.residual, input.planes), {f.x, f.residual, f.y});
   f.counters = finish.counters;
   const Tensor partials = torch::stable::new_empty(x, {2 * f.walk.partials()}, dtype);
   f.partials = written(partials);
@@ -179,7 +179,7 @@ void run_backward(BackwardPass f, const Input& input, const Device& device, cons
   f.dmean = read(dmean_c);
   f.dvar = read(dvar_c);
   f.group_starts = read_integers(starts);
-  f.walk = walk_over(input, device, starts, {f.dy, f.x, f.residual, f.dx, f.dresidual});
+  f.walk = walk_over(input, device, starts, backward_is_lean(derivative_of(f)), {f.dy, f.x, f.residual, f.dx, f.dresidual});
   backward_on_cuda(input.dtype, f, device.stream);
 }
 

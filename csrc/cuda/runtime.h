@@ -20,12 +20,22 @@ using Stream = cudaStream_t;
 
 #ifdef __CUDACC__
 
-// Runs kernel(arguments) on `stream`; an error of the launch is thrown, with the kernel's name.
-template <typename Arguments>
+// Runs kernel(arguments) on `stream`; an error of the launch is thrown, with the kernel's name. OVERLAPS: the kernel may start
+// while the one before it ends, and waits for it by itself (wait_for_previous_kernel).
+template <bool OVERLAPS = false, typename Arguments>
 void launch(const char* name, void (*kernel)(Arguments), int64_t blocks, int threads, int64_t shared_bytes, Stream stream,
             const Arguments& arguments) {
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments);
-  const cudaError_t error = cudaGetLastError();
+  cudaLaunchAttribute overlaps{};
+  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlaps.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlaps;
+  config.numAttrs = OVERLAPS;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments);
   if (error != cudaSuccess)
     throw std::runtime_error(std::string("bnfuse: launching ") + name + " with " + std::to_string(blocks) +
                              " blocks of " + std::to_string(threads) + " threads failed: " + cudaGetErrorString(error));
@@ -38,6 +48,29 @@ BNFUSE_DEVICE unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char memory[];
   return memory;
 }
+
+// Of a kernel that is launched with OVERLAPS: until what the kernel before it has written is there. Before Hopper no kernel
+// starts before that anyway.
+BNFUSE_DEVICE void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// What another block of the same launch may have written, from where all of them see it.
+template <typename A>
+BNFUSE_DEVICE A load_shared_by_blocks(const A* from) {
+  return __ldcg(from);
+}
+
+// 1/n for n ≥ 1, to the last bit but one; exact for 1.
+BNFUSE_DEVICE float reciprocal(float n) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(n));
+  return fmaf(r, fmaf(-n, r, 1.0f), r);
+}
+
+BNFUSE_DEVICE double reciprocal(double n) { return 1.0 / n; }
 
 // In PTX, since nvcc now and then makes four accesses of one that is written in C++. Volatile keeps them in their order, so
 // that loads stay together, and an element is read before it is overwritten in place.

@@ -7,6 +7,9 @@
 #include "walk.h"
 
 namespace bnfuse {
+
+constexpr int SMALL_THREADS = 256;  // of a block of the kernels that deal with moments alone
+
 namespace {
 
 // The sums of a and b over all threads of the block, in a fixed order, in every thread. `scratch` [2 · 32] is shared.
@@ -42,31 +45,58 @@ struct SiteArguments {
   A* dvar;
 };
 
-template <typename A>
-BNFUSE_DEVICE ChannelTerms terms_of_channel(const SiteArguments<A>& site, int64_t channel, const LossOptions& options) {
-  // Other blocks of this launch may have written the moments.
-  const double mean = static_cast<const volatile A*>(site.mean)[channel];
-  const double var = static_cast<const volatile A*>(site.var)[channel];
-  const double target_mean = site.target_mean ? double(site.target_mean[channel]) : double(NAN);
-  const double target_var = site.target_mean ? double(site.target_var[channel]) : double(NAN);
-  return channel_terms(mean, var, target_mean, target_var, options);
+constexpr int CHANNELS_HELD = 8;  // by a thread: of their targets none is waited for before all are asked for
+
+// Calls use(h, channel, terms) for the channels first + h·threads of this thread, h < CHANNELS_HELD, that the site has.
+template <typename A, typename Use>
+BNFUSE_DEVICE void for_channels(const SiteArguments<A>& site, int64_t first, const LossOptions& options, const Use& use) {
+  A mean[CHANNELS_HELD], var[CHANNELS_HELD], target_mean[CHANNELS_HELD], target_var[CHANNELS_HELD];
+#pragma unroll
+  for (int h = 0; h < CHANNELS_HELD; ++h) {
+    const int64_t c = first + h * int64_t(blockDim.x);
+    if (c >= site.channels) continue;
+    mean[h] = load_shared_by_blocks(site.mean + c);
+    var[h] = load_shared_by_blocks(site.var + c);
+    target_mean[h] = site.target_mean ? site.target_mean[c] : A(NAN);
+    target_var[h] = site.target_mean ? site.target_var[c] : A(NAN);
+  }
+#pragma unroll
+  for (int h = 0; h < CHANNELS_HELD; ++h) {
+    const int64_t c = first + h * int64_t(blockDim.x);
+    if (c < site.channels) use(h, c, channel_terms(mean[h], var[h], target_mean[h], target_var[h], options));
+  }
 }
 
 // The distance, in every thread of the block; writes the gradient.
 template <typename A>
 BNFUSE_DEVICE double distance_and_gradient(const SiteArguments<A>& site, const LossOptions& options, double* scratch) {
   double mean_sum = 0, var_sum = 0;
-  for (int64_t c = threadIdx.x; c < site.channels; c += blockDim.x) {
-    const ChannelTerms terms = terms_of_channel(site, c, options);
-    mean_sum += terms.mean.value;
-    var_sum += terms.var.value;
-  }
+  double mean_slope[CHANNELS_HELD], var_slope[CHANNELS_HELD];
+  const int64_t stride = CHANNELS_HELD * int64_t(blockDim.x);
+  for (int64_t first = threadIdx.x; first < site.channels; first += stride)
+    for_channels(site, first, options, [&](int h, int64_t, const ChannelTerms& terms) {
+      mean_sum += terms.mean.value;
+      var_sum += terms.var.value;
+      mean_slope[h] = terms.mean.slope;
+      var_slope[h] = terms.var.slope;
+    });
   add_up_block(mean_sum, var_sum, scratch);
   const SiteDistance total = site_distance(mean_sum, var_sum, site.channels, options);
-  for (int64_t c = threadIdx.x; c < site.channels; c += blockDim.x) {
-    const ChannelTerms terms = terms_of_channel(site, c, options);
-    site.dmean[c] = A(site.weight * total.mean_factor * terms.mean.slope);
-    site.dvar[c] = A(site.weight * total.var_factor * terms.var.slope);
+  const auto write = [&](int64_t channel, double of_mean, double of_var) {
+    site.dmean[channel] = A(site.weight * total.mean_factor * of_mean);
+    site.dvar[channel] = A(site.weight * total.var_factor * of_var);
+  };
+  if (site.channels <= stride) {
+#pragma unroll
+    for (int h = 0; h < CHANNELS_HELD; ++h) {
+      const int64_t c = threadIdx.x + h * int64_t(blockDim.x);
+      if (c < site.channels) write(c, mean_slope[h], var_slope[h]);
+    }
+  } else {
+    for (int64_t first = threadIdx.x; first < site.channels; first += stride)
+      for_channels(site, first, options, [&](int, int64_t channel, const ChannelTerms& terms) {
+        write(channel, terms.mean.slope, terms.var.slope);
+      });
   }
   return total.distance;
 }
@@ -107,11 +137,15 @@ BNFUSE_DEVICE void finish_loss(const Finish& f, int64_t group, int32_t blocks_a_
                               static_cast<A*>(f.dmean) + at,
                               static_cast<A*>(f.dvar) + at};
   const double distance = distance_and_gradient(site, f.options, scratch);
+  if (f.walk.groups == 1) {
+    if (threadIdx.x == 0) *static_cast<A*>(f.loss) = A(f.weight * distance);
+    return;
+  }
   if (threadIdx.x == 0) f.distances[group] = distance;
   if (!is_last_block(f.counters, f.walk.groups, flag)) return;
   double sum = 0, unused = 0;
   for (int32_t g = threadIdx.x; g < f.walk.groups; g += blockDim.x)
-    sum += static_cast<const volatile double*>(f.distances)[g];
+    sum += load_shared_by_blocks(f.distances + g);
   add_up_block(sum, unused, scratch);
   if (threadIdx.x == 0) *static_cast<A*>(f.loss) = A(f.weight / f.walk.groups * sum);
 }

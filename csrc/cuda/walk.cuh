@@ -10,9 +10,14 @@ namespace {
 // What a kernel is compiled for; the fastest that fits x runs.
 enum class Access {
   elements,  // any layout and alignment, element by element
-  rows,      // whole vectors whose elements are of eight channels, or of neighbouring planes: Layout::rows and ::packed
+  rows,      // whole vectors of eight channels: Layout::rows
   planes,    // whole vectors of one channel: Layout::planes
+  packed,    // whole vectors of neighbouring planes: Layout::packed
 };
+
+// Whether a thread has one vector of a row at most.
+template <Access ACCESS>
+constexpr bool ONE_A_ROW = ACCESS == Access::rows || ACCESS == Access::packed;
 
 // ---- groups and chunks ----
 
@@ -103,8 +108,9 @@ BNFUSE_DEVICE Columns columns_of_thread(const Walk& walk, int32_t tile) {
 }
 
 // The channel of the vector's element i.
+template <Access ACCESS>
 BNFUSE_DEVICE int64_t channel_of(const Walk& walk, const Columns& columns, int i) {
-  if (walk.layout == Layout::rows) return columns.channel + i;
+  if (ACCESS == Access::rows || walk.layout == Layout::rows) return columns.channel + i;
   if (walk.layout == Layout::planes) return columns.channel;
   return (columns.column + i) / walk.run;
 }
@@ -121,7 +127,7 @@ struct PerChannel {
     if (!from) return;
 #pragma unroll
     for (int i = 0; i < int(sizeof(values) / sizeof(A)); ++i) {
-      const int64_t channel = channel_of(walk, columns, i);
+      const int64_t channel = channel_of<ACCESS>(walk, columns, i);
       if (channel < walk.channels) values[i] = from[channel];
     }
   }
@@ -136,36 +142,41 @@ struct PerChannel {
 // Goes through the vectors of a thread, row after row.
 template <Access ACCESS>
 struct Cursor {
-  int64_t at;         // the vector's first element in x
-  int64_t byte;       // of the mask; where planes are packed, of the row's first
-  int32_t rows_left;  // from this one on
-  int32_t left;       // elements that are left of the row, of those that the vectors are cut from
-  int32_t step;
+  int64_t at;       // the vector's first element in x
+  int64_t byte;     // of the mask; where planes are packed, of the row's first
+  int32_t rows;     // of the thread
+  int32_t vectors;  // of the thread in each of them
+  int32_t step;     // the vector's place among these
+  int32_t left;     // elements that are left of the row, of those that the vectors are cut from
 
-  BNFUSE_DEVICE Cursor(const Walk& walk, const Columns& columns, Rows rows) {
-    const int64_t row = rows.begin + columns.above;
+  BNFUSE_DEVICE Cursor(const Walk& walk, const Columns& columns, Rows range) {
+    const int64_t row = range.begin + columns.above;
     at = row * walk.row_elements() + columns.column;
     byte = row * walk.row_bytes + columns.byte;
-    rows_left = columns.above < walk.high ? int32_t(rows.end - row) : 0;
     left = columns.left;
     step = 0;
+    vectors = left > 0;
+    if (!ONE_A_ROW<ACCESS> && walk.steps > 1 && left > 0) {
+      const int32_t fitting = (left + VECTOR * walk.wide - 1) / (VECTOR * walk.wide);
+      vectors = fitting < walk.steps ? fitting : walk.steps;
+    }
+    rows = columns.above < walk.high && row < range.end ? (int32_t(range.end - row) + walk.high - 1) / walk.high : 0;
   }
 
-  // Elements of the vector that are there, 0 to 8.
-  BNFUSE_DEVICE int count() const {
-    if (rows_left <= 0 || left <= 0) return 0;
-    return ACCESS == Access::elements && left < VECTOR ? left : VECTOR;
-  }
+  // How often there is a vector here.
+  BNFUSE_DEVICE int32_t total() const { return rows * vectors; }
+
+  // Elements of the vector that are there.
+  BNFUSE_DEVICE int count() const { return ACCESS == Access::elements && left < VECTOR ? left : VECTOR; }
 
   BNFUSE_DEVICE void advance(const Walk& walk) {
-    if (ACCESS != Access::rows && step + 1 < walk.steps) {
+    if (!ONE_A_ROW<ACCESS> && step + 1 < vectors) {
       ++step;
       at += VECTOR * walk.wide;
       byte += walk.wide;
       left -= VECTOR * walk.wide;
     } else {
-      const int32_t back = ACCESS == Access::rows ? 0 : step * walk.wide;
-      rows_left -= walk.high;
+      const int32_t back = ONE_A_ROW<ACCESS> ? 0 : step * walk.wide;
       at += walk.high * walk.row_elements() - VECTOR * back;
       byte += walk.high * walk.row_bytes - back;
       left += VECTOR * back;
@@ -174,14 +185,15 @@ struct Cursor {
   }
 };
 
-// How often a thread of this block advances until all have been through the rows.
-BNFUSE_DEVICE int32_t steps_of_block(const Walk& walk, Rows rows) {
-  return (int32_t(rows.end - rows.begin) + walk.high - 1) / walk.high * walk.steps;
+// The most vectors that a thread of this block has in rows that are packed: all threads pass the same barriers.
+BNFUSE_DEVICE int32_t most_vectors(const Walk& walk, Rows rows) {
+  return (int32_t(rows.end - rows.begin) + walk.high - 1) / walk.high;
 }
 
-// Blocks on a multiprocessor that the kernels' registers must leave room for. float64 is not there to be fast.
-template <typename T, Access ACCESS>
-constexpr int BLOCKS_RESIDENT = sizeof(T) == 8 ? 1 : ACCESS == Access::planes ? 3 : 2;
+// What a kernel's registers must leave room for. The one for elements goes through rows and planes.
+template <typename T, Access ACCESS, bool LEAN>
+constexpr Places PLACES = places_of(ACCESS == Access::planes, sizeof(T) == 8,
+                                    LEAN && (ACCESS == Access::rows || ACCESS == Access::planes));
 
 // Vectors that a thread loads before it uses the first: 64 bytes of so many tensors together.
 template <typename T, int TENSORS>

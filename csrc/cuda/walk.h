@@ -21,8 +21,18 @@ enum class Layout : int32_t {
   packed,  // a vector is eight elements of a sample, across the planes' borders: small planes with L not a multiple of 8
 };
 
-constexpr int MOST_THREADS = 256;  // of a block
-constexpr int64_t BLOCKS_A_MULTIPROCESSOR = 12;  // two or three at a time: so many that the last ones' end costs little
+// Threads of a block, and blocks that a multiprocessor holds at a time: the kernels' registers must leave room for them. Most walks
+// have no more blocks than all multiprocessors hold: what a block does before its first load and after its last takes some
+// microseconds, and each leaves a partial moment a channel behind.
+struct Places {
+  int threads, resident;
+};
+
+// Of kernels for planes, of one channel each; of float64, which is not there to be fast; of those that need few registers.
+BNFUSE_INLINE constexpr Places places_of(bool planes, bool doubles, bool lean) {
+  return doubles ? Places{256, 1} : planes ? Places{256, lean ? 3 : 2} : Places{lean ? 640 : 512, 1};
+}
+constexpr int64_t MOST_TURNS = 8;  // of a multiprocessor's places
 constexpr int64_t TILE_VECTORS = 32;  // at most, of channels_last rows: 512 bytes of 16-bit elements
 constexpr int64_t MOST_STEPS = int64_t(1) << 20;  // of a thread in its chunk, which are counted in 32 bits
 constexpr int64_t PARTIAL_ELEMENTS = 64;  // that one partial moment stands for at least, where there is enough of x
@@ -55,6 +65,8 @@ struct Walk {
 
 namespace walks {
 
+constexpr int64_t PLANES_THREADS = places_of(true, false, false).threads, PACKED_THREADS = places_of(false, false, false).threads;
+
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline void cut_rows(Walk& walk, bool aligned_memory) {
@@ -75,23 +87,23 @@ inline void cut_planes(Walk& walk, bool aligned_memory, int64_t multiprocessors)
   walk.run_vectors = divide_up(walk.run, 8);
   walk.row_bytes = walk.channels * walk.run_vectors;
   const int64_t unit = 8 / std::gcd<int64_t>(walk.run, 8);  // planes that make whole vectors together
-  if (aligned_memory && unit > 1 && walk.channels % unit == 0 && unit * walk.run <= 8 * MOST_THREADS) {
+  if (aligned_memory && unit > 1 && walk.channels % unit == 0 && unit * walk.run <= 8 * PACKED_THREADS) {
     walk.layout = Layout::packed;
     walk.aligned = true;
-    const int64_t units = planes_a_tile(walk, 8 * MOST_THREADS / walk.run, multiprocessors) / unit;
+    const int64_t units = planes_a_tile(walk, 8 * PACKED_THREADS / walk.run, multiprocessors) / unit;
     walk.tile_channels = unit * std::max<int64_t>(1, units);
     walk.wide = walk.tile_channels * walk.run / 8;
     return;
   }
   walk.layout = Layout::planes;
   walk.aligned = aligned_memory && unit == 1;
-  if (walk.run_vectors <= MOST_THREADS) {
-    walk.tile_channels = planes_a_tile(walk, MOST_THREADS / walk.run_vectors, multiprocessors);
+  if (walk.run_vectors <= PLANES_THREADS) {
+    walk.tile_channels = planes_a_tile(walk, PLANES_THREADS / walk.run_vectors, multiprocessors);
     walk.wide = walk.tile_channels * walk.run_vectors;
     return;
   }
   walk.tile_channels = 1;
-  const int64_t steps = divide_up(walk.run_vectors, MOST_THREADS);
+  const int64_t steps = divide_up(walk.run_vectors, PLANES_THREADS);
   walk.wide = divide_up(walk.run_vectors, steps);
   const int64_t parts = std::clamp<int64_t>(divide_up(2 * multiprocessors, walk.channels * walk.rows), 1, steps);
   walk.steps = divide_up(steps, parts);
@@ -101,9 +113,9 @@ inline void cut_planes(Walk& walk, bool aligned_memory, int64_t multiprocessors)
 }  // namespace walks
 
 // x is not empty. `aligned_memory`: x and all that is like x start at a multiple of 16 bytes, and eight elements are whole
-// 16-byte words that the kernels may load at once.
+// 16-byte words that the kernels may load at once. `doubles`: x is float64. `lean`: see places_of.
 inline Walk make_walk(int64_t samples, int64_t channels, int64_t plane_size, bool planes, int64_t groups, bool aligned_memory,
-                      int64_t multiprocessors) {
+                      bool doubles, bool lean, int64_t multiprocessors) {
   using walks::divide_up;
   Walk walk{};
   walk.groups = static_cast<int32_t>(groups);
@@ -114,14 +126,22 @@ inline Walk make_walk(int64_t samples, int64_t channels, int64_t plane_size, boo
   walk.parts = walk.steps = 1;
   if (planes) walks::cut_planes(walk, aligned_memory, multiprocessors);
   else walks::cut_rows(walk, aligned_memory);
+  const Places places = places_of(walk.layout == Layout::planes, doubles, lean && walk.aligned && walk.layout != Layout::packed);
   walk.tiles = static_cast<int32_t>(divide_up(channels, walk.tile_channels) * walk.parts);
-  walk.high = walk.steps == 1 ? static_cast<int32_t>(std::clamp<int64_t>(walk.rows, 1, MOST_THREADS / walk.wide)) : 1;
+  walk.high = walk.steps == 1 ? static_cast<int32_t>(std::clamp<int64_t>(walk.rows, 1, places.threads / walk.wide)) : 1;
 
-  // A chunk has as many rows as leave blocks enough; where x is smaller, as many as a partial moment is worth; where it is
-  // smaller still, as few as give every multiprocessor two blocks.
-  const int64_t wanted = BLOCKS_A_MULTIPROCESSOR * multiprocessors;
+  // As many chunks as the multiprocessors can hold the blocks of at a time; twice that, and so on, where many of them would be
+  // idle. Each group ends with a chunk that is not full: where groups are few these are among the blocks reckoned with, where they
+  // are many blocks are shorter and take their turns.
+  const int64_t resident = places.resident * multiprocessors;
+  int64_t held = 1;
+  for (int64_t turns = 1; turns <= MOST_TURNS; ++turns) {
+    held = std::max<int64_t>(1, turns * resident / walk.tiles);
+    if (10 * held * walk.tiles >= 9 * turns * resident) break;
+  }
+  const int64_t wanted = groups == 1 ? held : 2 * groups <= held ? held - groups : 2 * held;
   const int64_t least = std::min(divide_up(PARTIAL_ELEMENTS, walk.run), divide_up(walk.rows * walk.tiles, 2 * multiprocessors));
-  const int64_t rows = std::max({divide_up(walk.rows * walk.tiles, wanted), least, int64_t(1)});
+  const int64_t rows = std::max({divide_up(walk.rows, wanted), least, int64_t(1)});
   walk.chunk_rows = divide_up(std::clamp<int64_t>(MOST_STEPS / walk.steps, 1, rows), walk.high) * walk.high;
   // Chunk k of the group that starts at row s has the number s / chunk_rows + g + k: see first_chunk.
   walk.chunks = groups == 1 ? divide_up(walk.rows, walk.chunk_rows) : walk.rows / walk.chunk_rows + groups;

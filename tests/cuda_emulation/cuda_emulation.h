@@ -272,7 +272,7 @@ namespace bnfuse {
 
 using Stream = void*;
 
-template <typename Arguments>
+template <bool OVERLAPS = false, typename Arguments>
 EMULATOR void launch(const char* name, void (*kernel)(Arguments), int64_t blocks, int threads, int64_t shared_bytes, Stream,
                      const Arguments& arguments) {
   using namespace emulation;
@@ -300,6 +300,18 @@ EMULATOR void launch(const char* name, void (*kernel)(Arguments), int64_t blocks
 namespace {
 
 BNFUSE_DEVICE unsigned char* shared_memory() { return emulation::emulator.shared; }
+
+BNFUSE_DEVICE void wait_for_previous_kernel() {}
+
+template <typename A>
+BNFUSE_DEVICE A load_shared_by_blocks(const A* from) {
+  return *from;
+}
+
+template <typename A>
+BNFUSE_DEVICE A reciprocal(A n) {
+  return A(1) / n;
+}
 
 BNFUSE_DEVICE void load_16_bytes(const void* from, uint32_t* words) {
   emulation::check_access(reinterpret_cast<uintptr_t>(from), 16, false);
