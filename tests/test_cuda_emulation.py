@@ -400,11 +400,11 @@ LAYOUTS = ("rows", "planes", "packed")
 
 def plan(kernels, shape, channels_last, groups=1, aligned=True, multiprocessors=132):
     n, c, *spatial = shape
-    values = (ctypes.c_int64 * 8)()
+    values = (ctypes.c_int64 * 9)()
     sizes = [ctypes.c_int64(v) for v in (n, c, math.prod(spatial))]
     planes = ctypes.c_bool(not channels_last)
     kernels.plan(*sizes, planes, ctypes.c_int64(groups), ctypes.c_bool(aligned), ctypes.c_int64(multiprocessors), values)
-    names = "layout aligned blocks threads used chunks chunk_rows partials".split()
+    names = "layout aligned blocks threads used chunks chunk_rows partials steps".split()
     return SimpleNamespace(**dict(zip(names, values)))
 
 
@@ -425,6 +425,21 @@ def test_networks_fill_the_device(kernels, channels, size, channels_last):
         assert turns <= 10 and (groups > 1 or turns / math.ceil(turns) >= 0.8), f"{cut.blocks} blocks for {places} places"
         assert cut.used >= 0.85 * cut.threads
         assert 2 * 8 * cut.partials <= 0.08 * 2 * 2 * 256 * channels * size**2
+
+
+@given(
+    samples=st.integers(1, 5000),
+    channels=st.integers(1, 300),
+    plane=st.integers(1, 2**26),
+    channels_last=st.booleans(),
+    groups=st.integers(1, 300),
+    aligned=st.booleans(),
+)
+def test_no_moment_takes_more_values_than_float32_is_good_for(
+    kernels, samples, channels, plane, channels_last, groups, aligned
+):
+    """One after the other; the threads' moments are put together in float64."""
+    assert plan(kernels, (samples, channels, plane), channels_last, groups, aligned).steps <= 512
 
 
 @given(

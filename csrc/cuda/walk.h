@@ -32,9 +32,9 @@ struct Places {
 BNFUSE_INLINE constexpr Places places_of(bool planes, bool doubles, bool lean) {
   return doubles ? Places{256, 1} : planes ? Places{256, lean ? 3 : 2} : Places{lean ? 640 : 512, 1};
 }
-constexpr int64_t MOST_TURNS = 8;  // of a multiprocessor's places
+constexpr int64_t MOST_TURNS = 8;  // of a multiprocessor's places, that are tried
 constexpr int64_t TILE_VECTORS = 32;  // at most, of channels_last rows: 512 bytes of 16-bit elements
-constexpr int64_t MOST_STEPS = int64_t(1) << 20;  // of a thread in its chunk, which are counted in 32 bits
+constexpr int64_t MOST_STEPS = 512;  // of a thread in its chunk: so many values enter one moment in float32, one after the other
 constexpr int64_t PARTIAL_ELEMENTS = 64;  // that one partial moment stands for at least, where there is enough of x
 
 struct Walk {
@@ -105,7 +105,8 @@ inline void cut_planes(Walk& walk, bool aligned_memory, int64_t multiprocessors)
   walk.tile_channels = 1;
   const int64_t steps = divide_up(walk.run_vectors, PLANES_THREADS);
   walk.wide = divide_up(walk.run_vectors, steps);
-  const int64_t parts = std::clamp<int64_t>(divide_up(2 * multiprocessors, walk.channels * walk.rows), 1, steps);
+  const int64_t wanted = std::max(divide_up(2 * multiprocessors, walk.channels * walk.rows), divide_up(steps, MOST_STEPS));
+  const int64_t parts = std::min(wanted, steps);
   walk.steps = divide_up(steps, parts);
   walk.parts = divide_up(walk.run_vectors, int64_t(walk.steps) * walk.wide);
 }
@@ -130,19 +131,21 @@ inline Walk make_walk(int64_t samples, int64_t channels, int64_t plane_size, boo
   walk.tiles = static_cast<int32_t>(divide_up(channels, walk.tile_channels) * walk.parts);
   walk.high = walk.steps == 1 ? static_cast<int32_t>(std::clamp<int64_t>(walk.rows, 1, places.threads / walk.wide)) : 1;
 
-  // As many chunks as the multiprocessors can hold the blocks of at a time; twice that, and so on, where many of them would be
-  // idle. Each group ends with a chunk that is not full: where groups are few these are among the blocks reckoned with, where they
-  // are many blocks are shorter and take their turns.
+  // As many chunks as the multiprocessors can hold the blocks of at a time; twice that, and so on, where a thread would have too
+  // many steps, or many multiprocessors would be idle. Each group ends with a chunk that is not full: where groups are few these are
+  // among the blocks reckoned with, where they are many blocks are shorter and take their turns.
   const int64_t resident = places.resident * multiprocessors;
+  const int64_t most_rows = std::max<int64_t>(1, MOST_STEPS / walk.steps) * walk.high;  // of a chunk
+  const int64_t first_turn = divide_up(walk.rows * walk.tiles, resident * most_rows);
   int64_t held = 1;
-  for (int64_t turns = 1; turns <= MOST_TURNS; ++turns) {
+  for (int64_t turns = first_turn; turns < first_turn + MOST_TURNS; ++turns) {
     held = std::max<int64_t>(1, turns * resident / walk.tiles);
     if (10 * held * walk.tiles >= 9 * turns * resident) break;
   }
   const int64_t wanted = groups == 1 ? held : 2 * groups <= held ? held - groups : 2 * held;
   const int64_t least = std::min(divide_up(PARTIAL_ELEMENTS, walk.run), divide_up(walk.rows * walk.tiles, 2 * multiprocessors));
   const int64_t rows = std::max({divide_up(walk.rows, wanted), least, int64_t(1)});
-  walk.chunk_rows = divide_up(std::clamp<int64_t>(MOST_STEPS / walk.steps, 1, rows), walk.high) * walk.high;
+  walk.chunk_rows = std::min(divide_up(rows, walk.high) * walk.high, most_rows);
   // Chunk k of the group that starts at row s has the number s / chunk_rows + g + k: see first_chunk.
   walk.chunks = groups == 1 ? divide_up(walk.rows, walk.chunk_rows) : walk.rows / walk.chunk_rows + groups;
 

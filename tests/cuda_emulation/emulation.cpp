@@ -33,11 +33,11 @@ extern "C" EMULATOR void __asan_after_dynamic_init() {}
 
 // How x would be cut for a device of this size: for tests of the plan itself.
 FOR_TESTS void plan(int64_t samples, int64_t channels, int64_t plane_size, bool planes, int64_t groups, bool aligned,
-                     int64_t multiprocessors, int64_t (&plan)[8]) {
+                     int64_t multiprocessors, int64_t (&plan)[9]) {
   const bnfuse::Walk walk = bnfuse::make_walk(samples, channels, plane_size, planes, groups, aligned, false, true, multiprocessors);
-  const int64_t values[8] = {int64_t(walk.layout), walk.aligned,  walk.blocks(), walk.threads(),
-                             walk.wide * walk.high, walk.chunks, walk.chunk_rows, walk.partials()};
-  std::copy(values, values + 8, plan);
+  const int64_t values[9] = {int64_t(walk.layout), walk.aligned,    walk.blocks(),   walk.threads(), walk.wide * walk.high,
+                             walk.chunks,          walk.chunk_rows, walk.partials(), walk.chunk_rows / walk.high * walk.steps};
+  std::copy(values, values + 9, plan);
 }
 
 // ---- kernels with one mistake each, for tests of the emulation itself ----
