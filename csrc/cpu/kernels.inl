@@ -97,9 +97,29 @@ struct Tile {
   int64_t stride;
 };
 
+// Rows that lie far apart are each in a page of their own. At its start the processor waits for memory, since its prefetching
+// ended with the page before: so all rows of a tile are asked for before the first is used, and several are taken at a time.
+constexpr int64_t FAR_APART = 4096;  // bytes
+constexpr int ROWS_AT_ONCE = 8;
+constexpr int64_t ASKED_FOR = 256;  // bytes of each row; the processor's own prefetching goes on from there
+
+template <typename T>
+BNFUSE_INLINE bool far_apart(int64_t stride, Shape shape) {
+  return stride > shape.width && stride * int64_t(sizeof(T)) >= FAR_APART;
+}
+
+template <typename T>
+BNFUSE_INLINE void ask_for(const T* x, int64_t stride, Shape shape) {
+  if (!far_apart<T>(stride, shape)) return;
+  for (int64_t r = 0; r < shape.rows; ++r)
+    for (int64_t byte = 0; byte < ASKED_FOR; byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(x + r * stride) + byte);
+}
+
 // A tile of memory as A: itself, or converted into `buffer` [TILE_SIZE].
 template <typename T>
 Tile<const Accumulator<T>> load(const T* x, int64_t stride, Shape shape, Accumulator<T>* __restrict buffer) {
+  ask_for(x, stride, shape);
   if constexpr (std::is_same_v<T, Accumulator<T>>) {
     return {x, stride};
   } else {
@@ -112,6 +132,7 @@ Tile<const Accumulator<T>> load(const T* x, int64_t stride, Shape shape, Accumul
 // Where the values of a tile of output are computed: in memory, or in `buffer` [TILE_SIZE] from which `store` takes them.
 template <typename T>
 Tile<Accumulator<T>> target(T* out, int64_t stride, Shape shape, Accumulator<T>* buffer) {
+  ask_for(out, stride, shape);
   if constexpr (std::is_same_v<T, Accumulator<T>>) {
     return {out, stride};
   } else {
@@ -130,6 +151,15 @@ void store(Tile<A> values, T* out, int64_t stride, Shape shape) {
       narrow_span(values.data + r * values.stride, shape.width, out + r * stride);
     }
   }
+}
+
+// Calls use(row, number of rows) for all rows: for several where `at_once`, else, and for those left over, for each.
+template <typename Use>
+BNFUSE_INLINE void for_rows(int64_t rows, bool at_once, const Use& use) {
+  int64_t r = 0;
+  if (at_once)
+    for (; r + ROWS_AT_ONCE <= rows; r += ROWS_AT_ONCE) use(r, std::integral_constant<int, ROWS_AT_ONCE>());
+  for (; r < rows; ++r) use(r, std::integral_constant<int, 1>());
 }
 
 // The coefficients of each row of a tile (planes), or of each of its columns.
@@ -618,23 +648,34 @@ void add_and_apply(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape sha
   constexpr bool MASK = RESIDUAL && (ACT == Act::relu || ACT == Act::relu6 || ACT == Act::leaky_relu);
   const A *scale = coefficients.scale, *shift = coefficients.shift, *pivot = moments.pivot;
   A *s = moments.s, *q = moments.q;
-  // Row after row: the processor then sees memory read in order, and sums in cache cost less than its waiting.
-  for (int64_t r = 0; r < shape.rows; ++r) {
-    const A* x_row = x.data + r * x.stride;
-    const A* residual_row = RESIDUAL ? residual.data + r * residual.stride : nullptr;
-    A* y_row = y.data + r * y.stride;
-    uint8_t* flags_row = MASK ? flags + r * shape.width : nullptr;
+  for_rows(shape.rows, far_apart<A>(x.stride, shape), [&](int64_t first, auto rows_at_once) __attribute__((always_inline)) {
+    constexpr int ROWS = decltype(rows_at_once)::value;
+    const A *x_rows[ROWS], *residual_rows[ROWS];
+    A* y_rows[ROWS];
+    uint8_t* flags_rows[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+      x_rows[r] = x.data + (first + r) * x.stride;
+      residual_rows[r] = RESIDUAL ? residual.data + (first + r) * residual.stride : nullptr;
+      y_rows[r] = y.data + (first + r) * y.stride;
+      flags_rows[r] = MASK ? flags + (first + r) * shape.width : nullptr;
+    }
 #pragma GCC ivdep
     for (int64_t i = 0; i < shape.width; ++i) {
-      const A d = x_row[i] - pivot[i];
-      s[i] += d;
-      q[i] += d * d;
-      A z = scale[i] * x_row[i] + shift[i];
-      if (RESIDUAL) z += residual_row[i];
-      if (MASK) flags_row[i] = on_upper_slope<ACT>(z);
-      y_row[i] = activation<ACT>(z, slope);
+      A sum = s[i], squares = q[i];
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        const A d = x_rows[r][i] - pivot[i];
+        sum += d;
+        squares += d * d;
+        A z = scale[i] * x_rows[r][i] + shift[i];
+        if (RESIDUAL) z += residual_rows[r][i];
+        if (MASK) flags_rows[r][i] = on_upper_slope<ACT>(z);
+        y_rows[r][i] = activation<ACT>(z, slope);
+      }
+      s[i] = sum;
+      q[i] = squares;
     }
-  }
+  });
 }
 
 template <typename A, bool RESIDUAL>
@@ -739,21 +780,30 @@ using BackwardFunction = void (*)(Tile<const A> dy, Tile<const A> x, Shape, Coef
 
 template <typename A, Act ACT, bool SAME>
 void backward_at_once(Tile<const A> dy, Tile<const A> x, Shape shape, Coefficients<A> coefficients, A slope, Tile<A> dx) {
-  for (int64_t r = 0; r < shape.rows; ++r) {
-    const A *x_row = x.data + r * x.stride, *dy_row = dy.data + r * dy.stride;
-    A* dx_row = dx.data + r * dx.stride;  // may be dy_row: an element is read before it is written, and never again
-    const A scale_r = coefficients.scale[SAME ? r : 0], shift_r = coefficients.shift[SAME ? r : 0];
-    const A mean_r = coefficients.mean[SAME ? r : 0];
-    const A a_r = coefficients.dmean[SAME ? r : 0], b_r = coefficients.dvar[SAME ? r : 0];
+  for_rows(shape.rows, !SAME && far_apart<A>(x.stride, shape), [&](int64_t first, auto rows_at_once) __attribute__((always_inline)) {
+    constexpr int ROWS = decltype(rows_at_once)::value;
+    const A *x_rows[ROWS], *dy_rows[ROWS];
+    A* dx_rows[ROWS];  // may be dy_rows: an element is read before it is written, and never again
+    for (int r = 0; r < ROWS; ++r) {
+      x_rows[r] = x.data + (first + r) * x.stride;
+      dy_rows[r] = dy.data + (first + r) * dy.stride;
+      dx_rows[r] = dx.data + (first + r) * dx.stride;
+    }
+    const A scale_r = coefficients.scale[SAME ? first : 0], shift_r = coefficients.shift[SAME ? first : 0];
+    const A mean_r = coefficients.mean[SAME ? first : 0];
+    const A a_r = coefficients.dmean[SAME ? first : 0], b_r = coefficients.dvar[SAME ? first : 0];
 #pragma GCC ivdep
     for (int64_t i = 0; i < shape.width; ++i) {
       const A scale = SAME ? scale_r : coefficients.scale[i], shift = SAME ? shift_r : coefficients.shift[i];
       const A mean = SAME ? mean_r : coefficients.mean[i];
       const A a = SAME ? a_r : coefficients.dmean[i], b = SAME ? b_r : coefficients.dvar[i];
-      const A dz = derivative<ACT>(scale * x_row[i] + shift, slope) * dy_row[i];
-      dx_row[i] = scale * dz + (a + b * (x_row[i] - mean));
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        const A dz = derivative<ACT>(scale * x_rows[r][i] + shift, slope) * dy_rows[r][i];
+        dx_rows[r][i] = scale * dz + (a + b * (x_rows[r][i] - mean));
+      }
     }
-  }
+  });
 }
 
 template <typename A, bool SAME>
@@ -1008,7 +1058,7 @@ struct Item {
   BNFUSE_INLINE void for_each_tile(const ColumnWalk& walk, const Function& tile) const {
     const int64_t row_elements = walk.channels * walk.run;  // of a row of memory
     const int64_t width = columns.width(), stride = walk.fold * row_elements;
-    const int64_t step = COLUMN_TILE / width < SETTLED_ROWS ? COLUMN_TILE / width : SETTLED_ROWS;
+    const int64_t step = TILE_SIZE / width < SETTLED_ROWS ? TILE_SIZE / width : SETTLED_ROWS;
     const int64_t whole = (rows.end - rows.begin) / walk.fold, rest = (rows.end - rows.begin) % walk.fold;
     const int64_t start = rows.begin * row_elements + first_channel * walk.run;
     for (int64_t r = 0; r < whole; r += step) {

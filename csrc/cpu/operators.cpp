@@ -28,6 +28,7 @@ constexpr int64_t ELEMENTS_PER_THREAD = 32768;  // fewer do not pay for waking a
 constexpr int64_t TINY_PLANE = 16;              // planes of up to as many elements are walked as columns
 constexpr int64_t FOLDED_WIDTH = 256;           // narrower rows are folded until a long row has as many columns
 constexpr int64_t ITEM_WIDTH = 1024;            // columns of an item at most: their sums and coefficients stay in cache
+constexpr int64_t PIECE_WIDTH = 512;            // where that is not the whole row, and its rows are taken several at a time
 constexpr int64_t ITEM_ELEMENTS = 65536;        // of the walk over columns, about
 constexpr int64_t PLANE_ITEM_ELEMENTS = 131072; // of the walk over planes, at most
 constexpr int64_t ITEMS = 32;                   // are enough to keep threads equally busy
@@ -104,7 +105,7 @@ struct CutColumns {
 
     const int64_t rows = group_starts.back() * rows_a_sample, columns = walk.fold * channels * walk.run;
     const int64_t wanted = std::min(ITEMS, rows * channels * walk.run / ELEMENTS_PER_THREAD);
-    int64_t width = std::min(ITEM_WIDTH, columns), long_rows = std::clamp<int64_t>(ITEM_ELEMENTS / width, 16, 256);
+    int64_t width = columns > ITEM_WIDTH ? PIECE_WIDTH : columns, long_rows = std::clamp<int64_t>(ITEM_ELEMENTS / width, 16, 256);
     cut_channels(channels, (columns + width - 1) / width);
     // Short items rather than narrow ones, whose pieces of rows lie apart; but their coefficients must be worth their making.
     const auto too_few = [&] { return rows / (long_rows * walk.fold) * walk.channel_tiles < wanted; };
