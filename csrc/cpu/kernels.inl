@@ -1058,7 +1058,7 @@ struct Item {
   BNFUSE_INLINE void for_each_tile(const ColumnWalk& walk, const Function& tile) const {
     const int64_t row_elements = walk.channels * walk.run;  // of a row of memory
     const int64_t width = columns.width(), stride = walk.fold * row_elements;
-    const int64_t step = TILE_SIZE / width < SETTLED_ROWS ? TILE_SIZE / width : SETTLED_ROWS;
+    const int64_t most = (stride > width ? TILE_SIZE : COLUMN_TILE) / width, step = most < SETTLED_ROWS ? most : SETTLED_ROWS;
     const int64_t whole = (rows.end - rows.begin) / walk.fold, rest = (rows.end - rows.begin) % walk.fold;
     const int64_t start = rows.begin * row_elements + first_channel * walk.run;
     for (int64_t r = 0; r < whole; r += step) {
