@@ -539,8 +539,10 @@ BNFUSE_INLINE uint64_t unpack_eight(uint8_t bits) {
   return ((spread + 0x7f7f7f7f7f7f7f7fu) >> 7) & 0x0101010101010101u;
 }
 
+constexpr int64_t FLAGS_APART = 8;  // that pack reads and unpack writes beyond the last flag, at most
+
 // flags [n] of 0 and 1 → mask [⌈n/8⌉], the last byte padded with zeros.
-void pack(const uint8_t* __restrict flags, int64_t n, uint8_t* __restrict mask) {
+BNFUSE_INLINE void pack(const uint8_t* __restrict flags, int64_t n, uint8_t* __restrict mask) {
   const int64_t whole = n / 8 * 8;
   uint64_t eight = 0;
   for (int64_t i = 0; i < whole; i += 8) {
@@ -548,19 +550,16 @@ void pack(const uint8_t* __restrict flags, int64_t n, uint8_t* __restrict mask) 
     mask[i / 8] = pack_eight(eight);
   }
   if (n == whole) return;
-  uint8_t last = 0;
-  for (int64_t i = whole; i < n; ++i) last |= uint8_t(flags[i] << (i - whole));
-  mask[whole / 8] = last;
+  memcpy(&eight, flags + whole, 8);
+  mask[whole / 8] = pack_eight(eight & ((uint64_t(1) << 8 * (n - whole)) - 1));
 }
 
 // The inverse of pack.
-void unpack(const uint8_t* __restrict mask, int64_t n, uint8_t* __restrict flags) {
-  const int64_t whole = n / 8 * 8;
-  for (int64_t i = 0; i < whole; i += 8) {
+BNFUSE_INLINE void unpack(const uint8_t* __restrict mask, int64_t n, uint8_t* __restrict flags) {
+  for (int64_t i = 0; i < n; i += 8) {
     const uint64_t eight = unpack_eight(mask[i / 8]);
     memcpy(flags + i, &eight, 8);
   }
-  for (int64_t i = whole; i < n; ++i) flags[i] = (mask[i / 8] >> (i - whole)) & 1;
 }
 
 int64_t mask_bytes(int64_t row_length) { return (row_length + 7) / 8; }
@@ -571,13 +570,22 @@ struct MaskTile {
   int64_t length, segment_stride, row_stride;  // of an element row; in bytes
 };
 
+// As one long run, where the bytes of runs follow each other and all of them are whole.
+BNFUSE_INLINE MaskTile without_gaps(MaskTile mask, Shape shape) {
+  if (mask.length % 8 == 0 && mask.segment_stride == mask.length / 8) mask.length = shape.width;
+  return mask;
+}
+
 void pack_tile(const uint8_t* flags, Shape shape, MaskTile mask) {
+  mask = without_gaps(mask, shape);
   for (int64_t r = 0; r < shape.rows; ++r)
     for (int64_t i = 0, k = 0; i < shape.width; i += mask.length, ++k)
       pack(flags + r * shape.width + i, mask.length, mask.bits + r * mask.row_stride + k * mask.segment_stride);
 }
 
+// In memory's order: what is written beyond a run is written over by the next.
 void unpack_tile(MaskTile mask, Shape shape, uint8_t* flags) {
+  mask = without_gaps(mask, shape);
   for (int64_t r = 0; r < shape.rows; ++r)
     for (int64_t i = 0, k = 0; i < shape.width; i += mask.length, ++k)
       unpack(mask.bits + r * mask.row_stride + k * mask.segment_stride, mask.length, flags + r * shape.width + i);
@@ -700,7 +708,7 @@ struct ForwardTile {
   alignas(64) A x_buffer[TILE_SIZE + APART];
   alignas(64) A residual_buffer[TILE_SIZE + APART];
   alignas(64) A y_buffer[TILE_SIZE + APART];
-  uint8_t flags[TILE_SIZE];
+  uint8_t flags[TILE_SIZE + FLAGS_APART];
 
   explicit ForwardTile(const Forward& f) : f(f), function(f.residual ? select<true>(f.act) : select<false>(f.act)) {}
 
@@ -882,7 +890,7 @@ struct BackwardTile {
   alignas(64) A residual_buffer[TILE_SIZE + APART];
   alignas(64) A dz_buffer[TILE_SIZE + APART];
   alignas(64) A dx_buffer[TILE_SIZE + APART];
-  uint8_t flags[TILE_SIZE];
+  uint8_t flags[TILE_SIZE + FLAGS_APART];
 
   explicit BackwardTile(const Backward& f)
       : f(f),
