@@ -18,7 +18,7 @@ from glob import glob
 import torch
 from setuptools import find_packages, setup
 
-if "CUDA_HOME" not in os.environ and shutil.which("nvcc"):
+if not {"CUDA_HOME", "CUDA_PATH"} & os.environ.keys() and shutil.which("nvcc"):
     # torch takes the folder above nvcc's for the toolkit; where nvcc on the PATH is a script, only nvcc itself knows better.
     ran = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
     if found := re.search(r"^#\$ TOP=(.+)$", ran.stdout + ran.stderr, re.MULTILINE):
