@@ -788,7 +788,8 @@ using BackwardFunction = void (*)(Tile<const A> dy, Tile<const A> x, Shape, Coef
 
 template <typename A, Act ACT, bool SAME>
 void backward_at_once(Tile<const A> dy, Tile<const A> x, Shape shape, Coefficients<A> coefficients, A slope, Tile<A> dx) {
-  for_rows(shape.rows, !SAME && far_apart<A>(x.stride, shape), [&](int64_t first, auto rows_at_once) __attribute__((always_inline)) {
+  const bool far = !SAME && far_apart<A>(x.stride, shape);
+  for_rows(shape.rows, far, [&](int64_t first, auto rows_at_once) __attribute__((always_inline)) {
     constexpr int ROWS = decltype(rows_at_once)::value;
     const A *x_rows[ROWS], *dy_rows[ROWS];
     A* dx_rows[ROWS];  // may be dy_rows: an element is read before it is written, and never again

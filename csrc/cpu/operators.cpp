@@ -105,7 +105,8 @@ struct CutColumns {
 
     const int64_t rows = group_starts.back() * rows_a_sample, columns = walk.fold * channels * walk.run;
     const int64_t wanted = std::min(ITEMS, rows * channels * walk.run / ELEMENTS_PER_THREAD);
-    int64_t width = columns > ITEM_WIDTH ? PIECE_WIDTH : columns, long_rows = std::clamp<int64_t>(ITEM_ELEMENTS / width, 16, 256);
+    int64_t width = columns > ITEM_WIDTH ? PIECE_WIDTH : columns;
+    int64_t long_rows = std::clamp<int64_t>(ITEM_ELEMENTS / width, 16, 256);
     cut_channels(channels, (columns + width - 1) / width);
     // Short items rather than narrow ones, whose pieces of rows lie apart; but their coefficients must be worth their making.
     const auto too_few = [&] { return rows / (long_rows * walk.fold) * walk.channel_tiles < wanted; };

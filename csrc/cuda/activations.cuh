@@ -1,22 +1,11 @@
-// Activations and their derivatives on vectors. Kernels are compiled for the two that networks are made of; any other is a
-// run-time argument, looked at once a vector.
+// Activations and their derivatives on vectors. One that no kernel is compiled for is looked at once a vector.
 #pragma once
 
+#include "act_kind.h"
 #include "vectors.cuh"
 
 namespace bnfuse {
 namespace {
-
-enum class ActKind { identity, relu, any };
-
-inline ActKind kind_of(Act act) {
-  return act == Act::identity ? ActKind::identity : act == Act::relu ? ActKind::relu : ActKind::any;
-}
-
-// An activation of the kind.
-constexpr Act act_of(ActKind kind) {
-  return kind == ActKind::identity ? Act::identity : kind == ActKind::relu ? Act::relu : Act::silu;
-}
 
 template <Act ACT, typename A>
 BNFUSE_DEVICE void activate_as(A (&z)[VECTOR], A slope) {
@@ -65,7 +54,8 @@ BNFUSE_DEVICE uint32_t upper_slope_bits(const A (&z)[VECTOR], Act act) {
   uint32_t bits = 0;
 #pragma unroll
   for (int i = 0; i < VECTOR; ++i) {
-    const bool upper = KIND == ActKind::any && act == Act::relu6 ? on_upper_slope<Act::relu6>(z[i]) : on_upper_slope<Act::relu>(z[i]);
+    const bool relu6 = KIND == ActKind::any && act == Act::relu6;
+    const bool upper = relu6 ? on_upper_slope<Act::relu6>(z[i]) : on_upper_slope<Act::relu>(z[i]);
     bits |= uint32_t(upper) << i;
   }
   return bits;

@@ -43,7 +43,7 @@ inline Derivative derivative_of(const BackwardPass& backward) {
 }
 
 // Whether the kernel for this needs few registers.
-BNFUSE_INLINE constexpr bool backward_is_lean(Derivative derivative) {
+constexpr bool backward_is_lean(Derivative derivative) {
   return derivative != Derivative::any && derivative != Derivative::residual;
 }
 

@@ -23,8 +23,7 @@ BNFUSE_DEVICE void store_packed_mask(const Walk& walk, const Columns& columns, c
 }
 
 template <typename T, Access ACCESS, bool RESIDUAL, ActKind KIND>
-constexpr Places FORWARD_PLACES =
-    PLACES<T, ACCESS, forward_is_lean(act_of(KIND), RESIDUAL, ACCESS == Access::planes)>;
+constexpr Places FORWARD_PLACES = PLACES<T, ACCESS, forward_is_lean(KIND, RESIDUAL, ACCESS == Access::planes)>;
 
 // Moments of x, and y and its mask where they are wanted. RESIDUAL: there is one, and only then may there be a mask.
 template <typename T, Access ACCESS, bool RESIDUAL, ActKind KIND>
@@ -147,29 +146,23 @@ __global__ void __launch_bounds__(SMALL_THREADS, 1) finish_kernel(const __grid_c
     const int64_t part_elements = int64_t(VECTOR) * walk.steps * walk.wide;
     pivot = partials[0].mean;
     const int64_t group_rows = rows.end - rows.begin;
-    if (walk.parts == 1) {
-      const int32_t whole = int32_t(group_rows / walk.chunk_rows);  // chunks
-      constexpr int HELD = 8;  // partial moments that are asked for before the first is used
-      for (int32_t first = lane; first < int32_t(entries); first += HELD * f.team) {
-        Partial<A> partial[HELD];
+    const auto chunk_of = [&](int64_t e) { return walk.parts == 1 ? e : e / walk.parts; };
+    constexpr int HELD = 8;  // partial moments that are asked for before the first is used
+    for (int64_t first = lane; first < entries; first += HELD * f.team) {
+      Partial<A> partial[HELD];
 #pragma unroll
-        for (int h = 0; h < HELD; ++h)
-          if (first + h * f.team < int32_t(entries)) partial[h] = partials[(first + h * f.team) * stride];
-#pragma unroll
-        for (int h = 0; h < HELD; ++h) {
-          const int32_t e = first + h * f.team;
-          const int64_t chunk = e < whole ? walk.chunk_rows : group_rows - whole * walk.chunk_rows;
-          if (e < int32_t(entries)) sums.add(double(chunk * walk.run), partial[h].mean, partial[h].m2, pivot);
-        }
+      for (int h = 0; h < HELD; ++h) {
+        const int64_t e = first + h * f.team, chunk = chunk_of(e);
+        if (e < entries) partial[h] = partials[chunk * stride + (e - chunk * walk.parts)];
       }
-    } else {
-      for (int64_t e = lane; e < entries; e += f.team) {
-        const int64_t chunk = e / walk.parts, part = e - chunk * walk.parts;
-        const Partial<A> partial = partials[chunk * stride + part];
-        const int64_t rows_left = group_rows - chunk * walk.chunk_rows;
-        const int64_t run_left = walk.run - part * part_elements;
-        const int64_t run = run_left > part_elements ? part_elements : run_left;
-        sums.add(double((rows_left < walk.chunk_rows ? rows_left : walk.chunk_rows) * run), partial.mean, partial.m2, pivot);
+#pragma unroll
+      for (int h = 0; h < HELD; ++h) {
+        const int64_t e = first + h * f.team, chunk = chunk_of(e), part = e - chunk * walk.parts;
+        if (e >= entries) continue;
+        const int64_t rows_left = group_rows - chunk * walk.chunk_rows, run_left = walk.run - part * part_elements;
+        const int64_t here = rows_left < walk.chunk_rows ? rows_left : walk.chunk_rows;
+        const int64_t run = walk.parts > 1 && run_left > part_elements ? part_elements : run_left;
+        sums.add(double(here * run), partial[h].mean, partial[h].m2, pivot);
       }
     }
   }

@@ -3,6 +3,7 @@
 
 #include "../elements.h"
 #include "../loss.h"
+#include "act_kind.h"
 #include "runtime.h"
 #include "walk.h"
 
@@ -48,8 +49,8 @@ struct Finish {
 };
 
 // Whether the kernel for these needs few registers.
-BNFUSE_INLINE constexpr bool forward_is_lean(Act act, bool residual, bool planes) {
-  return residual ? act == Act::relu && !planes : act == Act::relu || act == Act::identity;
+constexpr bool forward_is_lean(ActKind kind, bool residual, bool planes) {
+  return residual ? kind == ActKind::relu && !planes : kind != ActKind::any;
 }
 
 // Both launches, on `stream`.

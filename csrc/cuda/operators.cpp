@@ -52,7 +52,8 @@ std::tuple<Tensor, Tensor> run_forward(ForwardPass f, Finish finish, const Input
   Tensor var = torch::stable::new_empty(x, {groups, input.channels}, dtype);
   f.x = read(x);
   f.group_starts = read_integers(group_starts);
-  f.walk = walk_over(input, device, group_starts, forward_is_lean(f.act, f.residual, input.planes), {f.x, f.residual, f.y});
+  const bool lean = forward_is_lean(kind_of(f.act), f.residual, input.planes);
+  f.walk = walk_over(input, device, group_starts, lean, {f.x, f.residual, f.y});
   f.counters = finish.counters;
   const Tensor partials = torch::stable::new_empty(x, {2 * f.walk.partials()}, dtype);
   f.partials = written(partials);
@@ -179,7 +180,8 @@ void run_backward(BackwardPass f, const Input& input, const Device& device, cons
   f.dmean = read(dmean_c);
   f.dvar = read(dvar_c);
   f.group_starts = read_integers(starts);
-  f.walk = walk_over(input, device, starts, backward_is_lean(derivative_of(f)), {f.dy, f.x, f.residual, f.dx, f.dresidual});
+  const bool lean = backward_is_lean(derivative_of(f));
+  f.walk = walk_over(input, device, starts, lean, {f.dy, f.x, f.residual, f.dx, f.dresidual});
   backward_on_cuda(input.dtype, f, device.stream);
 }
 

@@ -21,20 +21,21 @@ enum class Layout : int32_t {
   packed,  // a vector is eight elements of a sample, across the planes' borders: small planes with L not a multiple of 8
 };
 
-// Threads of a block, and blocks that a multiprocessor holds at a time: the kernels' registers must leave room for them. Most walks
-// have no more blocks than all multiprocessors hold: what a block does before its first load and after its last takes some
-// microseconds, and each leaves a partial moment a channel behind.
+// Threads of a block, and blocks that a multiprocessor holds at a time: the kernels' registers must leave room for them. Most
+// walks have no more blocks than all multiprocessors hold: what a block does before its first load and after its last takes
+// some microseconds, and each leaves a partial moment a channel behind.
 struct Places {
   int threads, resident;
 };
 
 // Of kernels for planes, of one channel each; of float64, which is not there to be fast; of those that need few registers.
-BNFUSE_INLINE constexpr Places places_of(bool planes, bool doubles, bool lean) {
+constexpr Places places_of(bool planes, bool doubles, bool lean) {
   return doubles ? Places{256, 1} : planes ? Places{256, lean ? 3 : 2} : Places{lean ? 640 : 512, 1};
 }
+
 constexpr int64_t MOST_TURNS = 8;  // of a multiprocessor's places, that are tried
 constexpr int64_t TILE_VECTORS = 32;  // at most, of channels_last rows: 512 bytes of 16-bit elements
-constexpr int64_t MOST_STEPS = 512;  // of a thread in its chunk: so many values enter one moment in float32, one after the other
+constexpr int64_t MOST_STEPS = 512;  // of a thread in its chunk: so many values enter one moment in float32
 constexpr int64_t PARTIAL_ELEMENTS = 64;  // that one partial moment stands for at least, where there is enough of x
 
 struct Walk {
@@ -65,7 +66,8 @@ struct Walk {
 
 namespace walks {
 
-constexpr int64_t PLANES_THREADS = places_of(true, false, false).threads, PACKED_THREADS = places_of(false, false, false).threads;
+constexpr int64_t PLANES_THREADS = places_of(true, false, false).threads;
+constexpr int64_t PACKED_THREADS = places_of(false, false, false).threads;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -127,13 +129,14 @@ inline Walk make_walk(int64_t samples, int64_t channels, int64_t plane_size, boo
   walk.parts = walk.steps = 1;
   if (planes) walks::cut_planes(walk, aligned_memory, multiprocessors);
   else walks::cut_rows(walk, aligned_memory);
-  const Places places = places_of(walk.layout == Layout::planes, doubles, lean && walk.aligned && walk.layout != Layout::packed);
+  const bool lean_kernel = lean && walk.aligned && walk.layout != Layout::packed;
+  const Places places = places_of(walk.layout == Layout::planes, doubles, lean_kernel);
   walk.tiles = static_cast<int32_t>(divide_up(channels, walk.tile_channels) * walk.parts);
   walk.high = walk.steps == 1 ? static_cast<int32_t>(std::clamp<int64_t>(walk.rows, 1, places.threads / walk.wide)) : 1;
 
-  // As many chunks as the multiprocessors can hold the blocks of at a time; twice that, and so on, where a thread would have too
-  // many steps, or many multiprocessors would be idle. Each group ends with a chunk that is not full: where groups are few these are
-  // among the blocks reckoned with, where they are many blocks are shorter and take their turns.
+  // As many chunks as the multiprocessors can hold the blocks of at a time; twice that, and so on, where a thread would have
+  // too many steps, or many multiprocessors would be idle. Each group ends with a chunk that is not full: where groups are few
+  // these are among the blocks reckoned with, where they are many blocks are shorter and take their turns.
   const int64_t resident = places.resident * multiprocessors;
   const int64_t most_rows = std::max<int64_t>(1, MOST_STEPS / walk.steps) * walk.high;  // of a chunk
   const int64_t first_turn = divide_up(walk.rows * walk.tiles, resident * most_rows);
