@@ -19,7 +19,7 @@ from .errors import BnfuseError, InputError
 from .models import Teacher
 from .objective import Losses, Objective
 from .seeds import derive_seed
-from .starting_noise import starting_noise
+from .spectrum import StepSpace, starting_noise
 from .virtual import MicroBatch, Seen, VirtualBatch
 
 if TYPE_CHECKING:
@@ -145,13 +145,15 @@ def optimise(
             images = Images(beginning(size).clamp_(low.to(home), high.to(home)))
         scale = size[0] / teacher.preprocessing.image_size[0]
         augmentation = Augmentation(round(config.jitter * scale), config.flip, config.crop_scale, config.crop_curriculum)
+        space = _step_space(teacher, size, config, device)
         while step < end:
             view = augmentation.draw(images.values, generator, batch.count, (step - begin) / steps)[batch.rows]
             active = objective.at(unit, step)
             active.draw(generator)
             losses, gradients = losses_and_gradients(active, view)
             for rows, gradient in gradients:
-                images.adam(rows, gradient, step - begin, learning_rate(config, step + 1), config.betas, valid_range)
+                lr = learning_rate(config, step + 1)
+                images.adam(rows, gradient, step - begin, lr, config.betas, valid_range, space)
             step += 1
             watch.add(step, losses, active.site_names)
             if step % SHOW_EVERY == 0 or step == end:
@@ -175,7 +177,8 @@ class Images:
 
     Attributes
     ----------
-    values, exp_avg, exp_avg_sq : [N, C, H, W] float32, channels_last
+    values, exp_avg, exp_avg_sq : [N, C, H, W] float32, channels_last; the latter two of pixels, or of the coefficients in which
+        steps are taken
     """
 
     def __init__(self, values: Tensor, exp_avg: Tensor | None = None, exp_avg_sq: Tensor | None = None):
@@ -196,13 +199,16 @@ class Images:
         lr: float,
         betas: tuple[float, float],
         valid_range: tuple[Tensor, Tensor] | None,
+        space: StepSpace | None = None,
     ) -> None:
-        """One step of Adam (`torch.optim.Adam`'s own) on some images, on the gradient's device, after `steps` others."""
+        """One step of Adam (`torch.optim.Adam`'s own) on some images, on the gradient's device, after `steps` others: in their
+        pixels, or in the coordinates of `space`."""
         held = [tensor[rows] for tensor in (self.values, self.exp_avg, self.exp_avg_sq)]
         values, exp_avg, exp_avg_sq = here = [tensor.to(gradient.device) for tensor in held]
+        moved = values if space is None else torch.zeros_like(values)
         adam(
-            [values],
-            [gradient],
+            [moved],
+            [gradient if space is None else space.gradient(gradient)],
             [exp_avg],
             [exp_avg_sq],
             [],
@@ -215,6 +221,8 @@ class Images:
             eps=1e-8,
             maximize=False,
         )
+        if space is not None:
+            values += space.pixels(moved)
         if valid_range is not None:
             values.clamp_(*valid_range)
         for ours, theirs in zip(held, here):
@@ -241,7 +249,15 @@ def learning_rate(config: SynthesisConfig, step: int) -> float:
 
 def _start(seeds: Sequence[int], teacher: Teacher, size: tuple[int, int], config: SynthesisConfig) -> Tensor:
     """Each image's own noise: [N, C, *size], normalised units, channels_last."""
-    return starting_noise(seeds, teacher.preprocessing.channels, size, config.noise_scale, config.noise_exponent)
+    kind = config.noise_scale, config.noise_exponent, config.chroma_scale
+    return starting_noise(seeds, teacher.preprocessing.channels, size, *kind)
+
+
+def _step_space(teacher: Teacher, size: tuple[int, int], config: SynthesisConfig, device: torch.device) -> StepSpace | None:
+    """In what Adam's steps are taken; None for the pixels."""
+    if config.step_exponent == 0:
+        return None
+    return StepSpace(teacher.preprocessing.channels, size, config.step_exponent, config.chroma_scale, device)
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -59,6 +59,8 @@ class SynthesisConfig(MatchingConfig):
     crop_curriculum : share of a stage's steps over which the least crop falls from 1 to crop_scale (CDA); 0, it is constant
     noise_scale : standard deviation of the starting noise, normalised
     noise_exponent : its amplitude falls with the spatial frequency f as 1/f^noise_exponent: 0 is white, 1 as in photographs
+    step_exponent : Adam's steps are taken in cosine coefficients, and fall with the frequency likewise; 0, in the pixels
+    chroma_scale : amplitude of differences between channels beside their mean, in the starting noise, and in such steps
     precision : of activations and their gradients in the teacher: float32, or bfloat16 (autocast), which is faster on hardware
         that has it; moments, losses and images are float32 in both
     teacher_plan : of several teachers: all at every step (together), one a step (in_turn), or teachers_drawn for each batch
@@ -102,6 +104,8 @@ class SynthesisConfig(MatchingConfig):
     crop_curriculum: float = 0.0
     noise_scale: float = 1.0
     noise_exponent: float = 0.0
+    step_exponent: float = 0.0
+    chroma_scale: float = 1.0
     precision: str = "float32"
     teacher_plan: str = "together"
     teachers_drawn: int = 2
@@ -118,8 +122,8 @@ class SynthesisConfig(MatchingConfig):
         whole = ("images_per_class", "batch_size", "classes_per_batch", "iterations", "teachers_drawn")
         check_whole(self, dict.fromkeys(whole, 1))
         check_whole(self, dict.fromkeys(("low_resolution_iterations", "warmup", "jitter", "seed"), 0))
-        positive = ("lr", "teacher_temperature")
-        for name in (*positive, "ce_weight", "tv_weight", "l2_weight", "noise_scale", "noise_exponent"):
+        positive = ("lr", "teacher_temperature", "chroma_scale")
+        for name in (*positive, "ce_weight", "tv_weight", "l2_weight", "noise_scale", "noise_exponent", "step_exponent"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
                 raise InputError(f"{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")

@@ -24,6 +24,7 @@ from .plans import SynthesisConfig, Unit, deal, in_runs, plan
 from .seeds import derive_seed
 from .sites import select
 from .snapshots import UnitCheckpoint
+from .spectrum import check_colours
 from .statistics import ClassStatistics
 from .store import ImageRecord
 from .targets import TARGET_BYTES, Targets, budget_of_each, row_bytes
@@ -60,6 +61,7 @@ class UnitMaker:
         more_teachers: Sequence[tuple[Teacher, ClassStatistics | None]] = (),
     ):
         check_micro_batch(micro_batch)
+        check_colours(teacher.preprocessing.channels, config.chroma_scale)
         if cuda_graph:
             check_cuda_graph(device, micro_batch is None and not offload)
         self.teacher, self.config, self.device = teacher, config, device

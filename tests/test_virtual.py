@@ -171,18 +171,24 @@ def test_images_of_micro_batches_are_the_big_batchs_to_rounding(teacher, objecti
         assert value == pytest.approx(expected[name], rel=1e-4)
 
 
-@pytest.mark.parametrize("channels, micro_batch", [(1, None), (1, 3), (3, 3)])
-def test_a_unit_goes_on_from_its_state_to_the_same_bits(channels, micro_batch):
+@pytest.mark.parametrize(
+    "channels, micro_batch, changes",
+    [(1, None, {}), (1, 3, {}), (3, 3, {}), (3, None, {"step_exponent": 1.0, "chroma_scale": 0.3}), (1, 3, {"step_exponent": 1.0})],
+)
+def test_a_unit_goes_on_from_its_state_to_the_same_bits(channels, micro_batch, changes):
     """From the first stage, from its end, from the second, and through a file."""
-    teacher = cases.teacher(channels)
+    teacher, config = cases.teacher(channels), dataclasses.replace(cases.CONFIG, **changes)
     objective = cases.objective(teacher)
     keep = cases.Keep(1, 6, 7, 19)
-    images, losses = cases.make_unit(objective, teacher, micro_batch=micro_batch, checkpoint=keep)
+    images, losses = cases.make_unit(objective, teacher, config, micro_batch=micro_batch, checkpoint=keep)
+    if changes:
+        assert not images.equal(cases.make_unit(objective, teacher, micro_batch=micro_batch)[0])
+        assert images.equal(cases.make_unit(objective, teacher, config, micro_batch=micro_batch, offload=True)[0])
     assert list(keep.states) == [1, 6, 7, 19]
     for step, state in keep.states.items():
         state, steps = load(save(state)), []
         show = lambda step, *_, steps=steps: steps.append(step)
-        again = cases.make_unit(objective, teacher, show=show, micro_batch=micro_batch, state=state)
+        again = cases.make_unit(objective, teacher, config, show, micro_batch=micro_batch, state=state)
         assert again[0].equal(images) and again[1] == losses
         assert steps == [s for s in (6, 10, 20) if s > step]
         assert set(state) == {"step", "generator"}  # the images are not held twice
