@@ -1,7 +1,8 @@
 """Which part of the recipe earns what: the table that `fidelity.py ablations` goes through, a line for each change.
 
-Every line changes one thing in `BASES`, which stays as it is when the shipped recipes become better, so that figures that were
-measured at different times can be compared. The page shows them against the first line. Digits are there to try the table on.
+Every line changes one thing in `BASES`, which stays as it is when the shipped recipes become better, so that figures of
+different times can be compared. The last lines lead to CIFAR-10's recipe, each one thing further than a line before. The page
+shows all of them against the first line. Digits are there to try the table on.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Variant:
     teachers : further ones, which the harness trains
     images : of each class that are made, where more are matched together than the student sees
     labels : what students learn, see `fidelity_cases.LABELS`
+    towards : the recipe that it leads to, where it is for that alone
     """
 
     name: str
@@ -62,6 +64,24 @@ class Variant:
     teachers: tuple[str, ...] = ()
     images: int = 0
     labels: tuple[str, ...] = ("soft", "hard")
+    towards: str | None = None
+
+
+def _towards_cifar10() -> list[Variant]:
+    """From the base, whose changes of part "start" come before, to the recipe, which is the last."""
+    spectrum = {"noise_exponent": 1.0, "step_exponent": 1.0, "chroma_scale": 0.3}  # of noise and steps, as photographs have it
+    small_ce = spectrum | {"ce_weight": 0.3}
+    in_turn = small_ce | {"teacher_plan": "in_turn", "iterations": 400}
+    lines = (
+        ("1/f noise and steps", spectrum, {}),
+        ("1/f, 600 iterations", spectrum | {"iterations": 600}, {}),
+        ("1/f, 10 sub-classes", spectrum, {"record": {"subclasses": 10}}),
+        ("1/f, less cross-entropy", small_ce, {}),
+        ("1/f, with a plain network", small_ce, {"teachers": ("convnet3",)}),
+        ("1/f, two teachers in turn", in_turn, {"teachers": ("convnet3",)}),
+        ("1/f, three teachers in turn", in_turn, {"teachers": ("convnet3", "resnet8")}),
+    )
+    return [Variant(name, "recipe", synthesis, labels=("views",), towards="cifar10", **more) for name, synthesis, more in lines]
 
 
 ABLATIONS = (
@@ -133,4 +153,6 @@ ABLATIONS = (
     # teachers
     Variant("with a plain network", "teachers", teachers=("convnet3",)),
     Variant("three teachers in turn", "teachers", {"teacher_plan": "in_turn"}, teachers=("convnet3", "resnet8")),
+    # towards the recipe
+    *_towards_cifar10(),
 )

@@ -254,6 +254,7 @@ def ablations(problem: Problem) -> list[Case]:
         _ablation(problem, variant, labels, ipc, seed)
         for seed in range(SEEDS)
         for variant in ABLATIONS
+        if variant.towards in (None, problem.recipe)
         for labels in variant.labels
     ]
 
@@ -263,7 +264,7 @@ def _case(problem: Problem, source, variant: str | None, labels, ipc, student, s
     recipe, made = RECIPES[problem.recipe], None
     if variant is not None:
         synthesis = _without(recipe.synthesis, "images_per_class") | ({"targets": "global"} if variant == "global" else {})
-        made = ImageSet(variant, synthesis, images)
+        made = ImageSet(variant, synthesis, images, teachers=recipe.more_teachers)
     training = _without(recipe.training, "model", "epochs")
     return Case(problem, source, labels, ipc, student, training, seed, made)
 

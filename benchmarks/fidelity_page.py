@@ -13,6 +13,7 @@ from report import ROOT, markdown, write_block
 
 from bnfuse.audit.intervals import clopper_pearson
 from bnfuse.configs import flags
+from bnfuse.recipes import RECIPES
 
 PAGE, PICTURE, README = ROOT / "docs/fidelity.md", ROOT / "docs/images/fidelity.png", ROOT / "README.md"
 COMMAND = "python benchmarks/fidelity.py report"
@@ -180,8 +181,11 @@ def _about(problem: Problem, rungs: dict[Rung, Seeds], split: str) -> str:
             f"Mean over as many as {_count(seeds, 'seed')} of the student, ± their standard deviation where there are several"
         )
     steps = ", ".join(f"{'all' if ipc is None else ipc}: {steps:,}" for ipc, steps in problem.steps.items())
+    more = RECIPES[problem.recipe].more_teachers
+    further = f", of the synthesis {' and '.join(more)} too" if more else ""
+    teacher = f"teacher {problem.teacher} ({first['teacher_accuracy']:.1%}){further}"
     return (
-        f"Per cent of {first['tested']:,} {SPLITS[split]}; teacher {problem.teacher} ({first['teacher_accuracy']:.1%}), "
+        f"Per cent of {first['tested']:,} {SPLITS[split]}; {teacher}, "
         f"student {problem.student} from scratch, recipe `{problem.recipe}`. {averaged}, and in brackets the 95 % interval. "
         f"Steps of a student at images of each class: {steps}. {_where(rungs)}"
     )

@@ -16,6 +16,7 @@ from fidelity_page import gathered, ladder
 from report import ROOT, markdown, write_block
 from results_file import RESULTS
 
+from bnfuse.configs import flags
 from bnfuse.recipes import RECIPES, settings
 
 PAGE = ROOT / "docs/recipes.md"
@@ -42,12 +43,35 @@ def write_page() -> None:
 
 def described(name: str) -> list[str]:
     """What a recipe is for and its settings, in paragraphs."""
-    purpose = RECIPES[name].purpose
-    return [f"For {purpose}.", "\n".join(_command(command, flags) for command, flags in settings(name).items())]
+    chosen = RECIPES[name]
+    parts = [f"For {chosen.purpose}.", "\n".join(_command(command, given) for command, given in settings(name).items())]
+    if chosen.more_teachers:
+        parts += _further_teachers(name)
+    return parts
 
 
-def _command(name: str, flags: str) -> str:
-    lines = textwrap.wrap(f"bnfuse {name} … {flags}", 112, break_on_hyphens=False)
+def _further_teachers(name: str) -> list[str]:
+    """How those that the recipe has are made, as `fidelity.py` makes them."""
+    training = next(each.teacher_training for each in fidelity_cases.PROBLEMS.values() if each.recipe == name)
+    models = RECIPES[name].more_teachers
+    weights, statistics = (" ".join(f"runs/{model}{end}" for model in models) for end in ("/model.safetensors", ".safetensors"))
+    commands = [
+        command
+        for model in models
+        for command in (
+            ("train", f"--model {model} {flags(training)} --data … --out runs/{model}"),
+            ("record", f"--teacher runs/{model}/model.safetensors --data … --out runs/{model}.safetensors"),
+        )
+    ] + [("synthesize", f"--recipe {name} --more-teachers {weights} --more-statistics {statistics}")]
+    return [
+        "Further teachers are asked for what the first does not look at. They learn the same private images, with the first's "
+        "image flags, and the synthesis is given them with their own statistics:",
+        "\n".join(_command(*command) for command in commands),
+    ]
+
+
+def _command(name: str, given: str) -> str:
+    lines = textwrap.wrap(f"bnfuse {name} … {given}", 112, break_on_hyphens=False)
     return textwrap.indent(" \\\n    ".join(lines), " " * 4)
 
 

@@ -29,6 +29,8 @@ class Recipe:
     soft_labels : the synthesis stores the teacher's logits of each image, and unless `views` says otherwise the student learns
         them
     views : the student learns the teacher's logits of so many augmented views of each image, which `relabel` writes; 0 for none
+    more_teachers : models of further teachers, which learn the private images too (`bnfuse train`); without them the settings
+        still go together, and are worth less. docs/recipes.md has the commands
     """
 
     name: str
@@ -37,6 +39,7 @@ class Recipe:
     training: dict[str, object]
     soft_labels: bool
     views: int = 0
+    more_teachers: tuple[str, ...] = ()
 
     @property
     def labels(self) -> str:
@@ -81,20 +84,27 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "cifar10",
-            "colour images of 32×32 pixels: CIFAR-10, a ResNet-20 as teacher and as student",
+            "colour images of 32×32 pixels: CIFAR-10, a ResNet-20 as teacher, in turn with a plain network and a "
+            "ResNet-8 (`--more-teachers`); a ResNet-20 as student",
             {
                 "images_per_class": 50,
                 "batch_size": 50,
                 "low_resolution_iterations": 200,
-                "iterations": 200,
+                "iterations": 400,
+                "ce_weight": 0.3,
                 "first_site_weight": 10.0,
                 "tv_weight": 1.0,
                 "jitter": 2,
                 "flip": True,
+                "noise_exponent": 1.0,
+                "step_exponent": 1.0,
+                "chroma_scale": 0.3,
+                "teacher_plan": "in_turn",
             },
             {"model": "resnet20", **_STUDENT},
             soft_labels=True,
             views=100,
+            more_teachers=("convnet3", "resnet8"),
         ),
         Recipe(
             "imagenet",

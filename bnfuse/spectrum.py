@@ -93,7 +93,7 @@ class StepSpace:
 def check_colours(channels: int, chroma_scale: float) -> None:
     """InputError where there are no colours to scale."""
     if channels == 1 and chroma_scale != 1:
-        raise InputError(f"chroma_scale={chroma_scale} is for images of several channels, these have one: leave it out")
+        raise InputError(f"chroma_scale={chroma_scale} is for images of several channels, these have one: make it 1")
 
 
 # ---- gains ----

@@ -236,7 +236,19 @@ def test_each_ablation_changes_something_and_the_curves_follow_the_recipe(monkey
     changed = [old != new for old, new in zip(curves, keys(fidelity_cases.curves(TINY)))]
     assert changed == [each.source == "synthetic" for each in fidelity_cases.curves(TINY)]
     assert ablations == keys(fidelity_cases.ablations(TINY))
+    monkeypatch.setitem(RECIPES, "digits", replace(recipe, more_teachers=("convnet3",)))
+    assert [each.made.teachers for each in fidelity_cases.curves(TINY) if each.made][0] == ("convnet3",)
     assert set(BASES) >= {problem.recipe for problem in PROBLEMS.values()}
+
+
+def test_the_last_ablation_is_the_recipe():
+    for_cifar10, recipe = ABLATIONS[-1], RECIPES["cifar10"]
+    set_of = fidelity_cases.ablations(PROBLEMS["cifar10"])[-1].made
+    shipped = {name: value for name, value in recipe.synthesis.items() if name != "images_per_class"}
+    assert for_cifar10.towards == "cifar10" and set_of.name == for_cifar10.name
+    assert set_of.synthesis == shipped and set_of.teachers == recipe.more_teachers
+    towards = {variant.name for variant in ABLATIONS if variant.towards}  # whose images have colours, digits not
+    assert towards and not towards & {each.arm for each in fidelity_cases.ablations(PROBLEMS["digits"])}
 
 
 def test_a_key_is_the_same_in_every_process():

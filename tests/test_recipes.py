@@ -48,7 +48,8 @@ def test_settings_are_what_the_command_line_takes(command, capsys):
     assert ended.value.code == 0 and capsys.readouterr().out == listing() + "\n"
     said = settings("cifar10")
     assert list(said) == ["synthesize", "relabel", "train"] and list(settings("imagenet")) == ["synthesize", "train"]
-    assert "--low-resolution-iterations 200" in said["synthesize"] and said["synthesize"].endswith("--flip --soft-labels")
+    assert "--low-resolution-iterations 200" in said["synthesize"]
+    assert said["synthesize"].endswith("--teacher-plan in_turn --soft-labels")
     assert said["relabel"] == "--views 100 --batch-size 32 --crop-scale 0.2 --flip"
     assert "--crop-scale 0.2" in said["train"] and said["train"].endswith("--labels relabel")
     assert settings("imagenet")["train"].endswith("--labels soft") and "--labels" not in settings("digits")["train"]
@@ -62,9 +63,11 @@ def test_the_flow_by_a_recipe(tmp_path, monkeypatch, capsys):
     short = "--images-per-class 2 --iterations 2 --low-resolution-iterations 0"
     flow = f"synthesize {' '.join(FLOW)} {short}"
     for name in ("digits", "cifar10"):
-        assert run(f"{flow} --recipe {name} --out made/{name}") == 0
+        assert run(f"{flow} --recipe {name} --out made/{name} --chroma-scale 1") == 0
         config = SynthesisConfig.from_card(read_card(tmp_path / "made" / name))
-        assert config == recipe(name).synthesis_config(images_per_class=2, iterations=2, low_resolution_iterations=0)
+        changes = dict(images_per_class=2, iterations=2, low_resolution_iterations=0, chroma_scale=1.0)
+        assert config == recipe(name).synthesis_config(**changes)
+    assert run(f"{flow} --recipe cifar10 --out made/grey") == 2 and "make it 1" in capsys.readouterr().err
 
     trained = lambda: json.loads((tmp_path / "student" / "metrics.json").read_text())["config"]
     student = "train --recipe cifar10 --data made/cifar10 --out student --epochs 2 --model resnet8"

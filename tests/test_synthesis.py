@@ -260,7 +260,7 @@ def test_statistics_of_another_teacher_and_unknown_classes_are_refused(statistic
 
 
 def test_grey_images_have_no_colours_to_scale(statistics, teacher, tmp_path):
-    with pytest.raises(InputError, match=r"chroma_scale=0.5 is for images of several channels, these have one: leave it out"):
+    with pytest.raises(InputError, match=r"chroma_scale=0.5 is for images of several channels, these have one: make it 1"):
         synthesize(teacher, statistics, tmp_path / "out", dataclasses.replace(SMALL, chroma_scale=0.5), progress=False)
     assert not (tmp_path / "out").exists()
 

@@ -173,7 +173,13 @@ def test_images_of_micro_batches_are_the_big_batchs_to_rounding(teacher, objecti
 
 @pytest.mark.parametrize(
     "channels, micro_batch, changes",
-    [(1, None, {}), (1, 3, {}), (3, 3, {}), (3, None, {"step_exponent": 1.0, "chroma_scale": 0.3}), (1, 3, {"step_exponent": 1.0})],
+    [
+        (1, None, {}),
+        (1, 3, {}),
+        (3, 3, {}),
+        (3, None, {"step_exponent": 1.0, "chroma_scale": 0.3}),
+        (1, 3, {"step_exponent": 1.0}),
+    ],
 )
 def test_a_unit_goes_on_from_its_state_to_the_same_bits(channels, micro_batch, changes):
     """From the first stage, from its end, from the second, and through a file."""
