@@ -48,14 +48,14 @@ def starting_noise(
     # steps would spread.
     noise = torch.empty(len(seeds), channels, *size)
     gain = _gain(_fft_frequencies(size), exponent, size) if exponent else None
-    colours = _colour_gain(channels, chroma_scale)[:, None, None]
-    to_colours = _colours(channels)
+    # Noise of independent channels is as independent in other orthonormal coordinates: it is drawn in those of `_colours`.
+    colour_gain, colours = _colour_gain(channels, chroma_scale)[:, None, None], _colours(channels)
     for row, seed in enumerate(seeds):
         noise[row].normal_(generator=torch.Generator().manual_seed(seed))
         if gain is not None:
             noise[row] = torch.fft.irfft2(torch.fft.rfft2(noise[row]) * gain[:, : size[1] // 2 + 1], s=size)
         if chroma_scale != 1:
-            noise[row] = torch.tensordot(to_colours.T, noise[row] * colours, 1)
+            noise[row] = torch.tensordot(colours.T, noise[row] * colour_gain, 1)
     return noise.mul_(scale).contiguous(memory_format=torch.channels_last)
 
 
