@@ -1,8 +1,8 @@
 """Which part of the recipe earns what: the table that `fidelity.py ablations` goes through, a line for each change.
 
 Every line changes one thing in `BASES`, which stays as it is when the shipped recipes become better, so that figures of
-different times can be compared. The last lines lead to CIFAR-10's recipe, each one thing further than a line before. The page
-shows all of them against the first line. Digits are there to try the table on.
+different times can be compared. The last lines lead to CIFAR-10's recipe, each a step further than a line before. All are shown
+against the first line. Digits are there to try the table on.
 """
 
 from __future__ import annotations

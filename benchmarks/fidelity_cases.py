@@ -81,7 +81,7 @@ PROBLEMS = {
             heldout=100,
             teacher="resnet20",
             weights="resnet20-12fca82f.th",
-            teacher_training={"epochs": 15, "batch_size": 64, "lr": 0.003, "shift": 2, "flip": True},
+            teacher_training=RECIPES["cifar10"].teacher_training,
             student="resnet20",
             steps={10: 1000, 50: 2000, 200: 2500, None: 6000},
         ),

@@ -51,15 +51,14 @@ def described(name: str) -> list[str]:
 
 
 def _further_teachers(name: str) -> list[str]:
-    """How those that the recipe has are made, as `fidelity.py` makes them."""
-    training = next(each.teacher_training for each in fidelity_cases.PROBLEMS.values() if each.recipe == name)
-    models = RECIPES[name].more_teachers
+    """How those that the recipe has are made."""
+    models, training = RECIPES[name].more_teachers, flags(RECIPES[name].teacher_training)
     weights, statistics = (" ".join(f"runs/{model}{end}" for model in models) for end in ("/model.safetensors", ".safetensors"))
     commands = [
         command
         for model in models
         for command in (
-            ("train", f"--model {model} {flags(training)} --data … --out runs/{model}"),
+            ("train", f"--model {model} {training} --data … --out runs/{model}"),
             ("record", f"--teacher runs/{model}/model.safetensors --data … --out runs/{model}.safetensors"),
         )
     ] + [("synthesize", f"--recipe {name} --more-teachers {weights} --more-statistics {statistics}")]

@@ -151,8 +151,8 @@ def optimise(
             active = objective.at(unit, step)
             active.draw(generator)
             losses, gradients = losses_and_gradients(active, view)
+            lr = learning_rate(config, step + 1)
             for rows, gradient in gradients:
-                lr = learning_rate(config, step + 1)
                 images.adam(rows, gradient, step - begin, lr, config.betas, valid_range, space)
             step += 1
             watch.add(step, losses, active.site_names)

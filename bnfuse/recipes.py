@@ -7,7 +7,7 @@ over it. Other projects' settings are in `presets`. docs/recipes.md shows what s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .configs import flags
 from .errors import InputError
@@ -31,6 +31,7 @@ class Recipe:
     views : the student learns the teacher's logits of so many augmented views of each image, which `relabel` writes; 0 for none
     more_teachers : models of further teachers, which learn the private images too (`bnfuse train`); without them the settings
         still go together, and are worth less. docs/recipes.md has the commands
+    teacher_training : fields of `TrainConfig` for those, but for the model
     """
 
     name: str
@@ -40,6 +41,7 @@ class Recipe:
     soft_labels: bool
     views: int = 0
     more_teachers: tuple[str, ...] = ()
+    teacher_training: dict[str, object] = field(default_factory=dict)
 
     @property
     def labels(self) -> str:
@@ -105,6 +107,7 @@ RECIPES: dict[str, Recipe] = {
             soft_labels=True,
             views=100,
             more_teachers=("convnet3", "resnet8"),
+            teacher_training={"epochs": 15, "batch_size": 64, "lr": 0.003, "shift": 2, "flip": True},
         ),
         Recipe(
             "imagenet",
@@ -151,5 +154,8 @@ def listing() -> str:
     blocks = []
     for name, each in RECIPES.items():
         lines = (f"    {command} {said}" for command, said in settings(name).items())
-        blocks.append("\n".join([f"{name}: {each.purpose}", *lines]))
+        teachers = (
+            f"    train --model {model} {flags(each.teacher_training)} (a further teacher)" for model in each.more_teachers
+        )
+        blocks.append("\n".join([f"{name}: {each.purpose}", *teachers, *lines]))
     return "\n".join(blocks)
