@@ -134,8 +134,10 @@ class Workshop:
 
         def make() -> None:
             real = self.real
-            loader, about = DataLoader(real, batch_size=256), dict(class_names=real.class_names, dataset=real.name)
-            record(teacher, loader, real.num_classes, **about, **arguments).save(path)
+            loader, options = DataLoader(real, batch_size=256), dict(class_names=real.class_names, dataset=real.name)
+            if "subclasses" in arguments and teacher is not self.teacher:
+                options["subclass_teacher"] = self.teacher  # images are of one sub-class for all teachers
+            record(teacher, loader, real.num_classes, **options, **arguments).save(path)
 
         path = self.folder / "statistics" / f"{digest([self.problem.facts, teacher.fingerprint, arguments])}.safetensors"
         return ClassStatistics.load(once(path, make))

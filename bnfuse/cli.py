@@ -203,6 +203,12 @@ def _add_record(commands) -> None:
         help="statistics for each of at most K clusters of a class's images, by the teacher's features; no cluster has fewer "
         "images than a class must have (default 1: of each class as a whole)",
     )
+    parser.add_argument(
+        "--subclass-teacher",
+        metavar="MODEL",
+        help="the network whose features those are: for a further teacher, the first (default --teacher itself)",
+    )
+    parser.add_argument("--subclass-weights", metavar="FILE|NAME", help="its weights")
     parser.add_argument("--seed", type=int, default=0, metavar="SEED", help="of the order of images in an ema (default 0)")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images a pass (default 128)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
@@ -240,6 +246,7 @@ def _record(args) -> None:
         minimum_images=args.minimum_images,
         allow_few_images=args.allow_few_images,
         subclasses=args.subclasses,
+        subclass_teacher=flags.load_subclass_teacher(args),
         progress=True,
     )
     statistics.save(args.out)

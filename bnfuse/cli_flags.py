@@ -119,6 +119,17 @@ def load_teacher(args) -> Teacher:
     return teacher
 
 
+def load_subclass_teacher(args) -> Teacher | None:
+    if args.subclass_teacher is None:
+        if args.subclass_weights is not None:
+            raise InputError(f"--subclass-weights {args.subclass_weights} are for --subclass-teacher, which is missing")
+        return None
+    named = dict(weights=args.subclass_weights, num_classes=args.num_classes, preprocessing=preprocessing(args))
+    teacher = models.load_teacher(args.subclass_teacher, **named)
+    teacher.model.to(device(args))
+    return teacher
+
+
 def device(args) -> torch.device:
     try:
         chosen = choose_device(args.device)

@@ -57,6 +57,7 @@ class ClassStatistics:
     whole : where `variance` is not "pooled", the exact moments [1, C] of all images at once, by site name
     row_classes : the class of each row of the tables, ascending, where rows are sub-classes (see `subclasses`); None, row k is
         class k. Whatever is said of a class's row then holds for a sub-class's
+    subclass_teacher : fingerprint of the network whose features the sub-classes are clusters of; None, that is `teacher`
     """
 
     sites: Mapping[str, SiteMoments]
@@ -70,6 +71,7 @@ class ClassStatistics:
     variance: str = "pooled"
     whole: Mapping[str, SiteMoments] = field(default_factory=dict)
     row_classes: list[int] | None = None
+    subclass_teacher: str | None = None
 
     @property
     def num_classes(self) -> int:
@@ -83,6 +85,13 @@ class ClassStatistics:
         """int64 [number of classes], images of each class, whatever the rows are."""
         of = torch.arange(self.num_classes) if self.row_classes is None else torch.tensor(self.row_classes)
         return torch.zeros(self.num_classes, dtype=torch.int64).index_add_(0, of, self.images)
+
+    @property
+    def grouping(self) -> tuple[str, list[int], list[int]] | None:
+        """What two recordings of the same images have in common where their sub-classes are the same; None without any."""
+        if self.row_classes is None:
+            return None
+        return self.subclass_teacher or self.teacher, self.row_classes, self.images.tolist()
 
     @property
     def site_channels(self) -> dict[str, int]:
@@ -230,6 +239,8 @@ class ClassStatistics:
         }
         if self.row_classes is not None:
             description["row_classes"] = self.row_classes
+        if self.subclass_teacher is not None:
+            description["subclass_teacher"] = self.subclass_teacher
         with atomic_path(path) as part:
             save_file(tensors, part, metadata={"format": FORMAT, "description": json.dumps(description)})
 
@@ -261,6 +272,7 @@ class ClassStatistics:
             about["variance"],
             sites_on_disk.whole(),
             about["row_classes"],
+            about["subclass_teacher"],
         )
         loaded.check(teacher=teacher, num_classes=num_classes, preprocessing=preprocessing, sites=sites)
         return loaded
@@ -293,6 +305,7 @@ def record(
     minimum_images: int = MINIMUM_IMAGES,
     allow_few_images: bool = False,
     subclasses: int = 1,
+    subclass_teacher: nn.Module | Teacher | None = None,
     progress: bool = False,
 ) -> ClassStatistics:
     """Records the class-wise statistics of a network's sites, by default its BatchNorm inputs, in one pass over a dataset (two
@@ -311,6 +324,8 @@ def record(
         A moving average counts for as many images as it effectively averages, see `estimators.ImageCounts`
     subclasses : of each class at most so many, each with statistics of its own: k-means clusters of the teacher's features,
         none with fewer than `minimum_images`, see `subclasses`. The loader is gone through twice
+    subclass_teacher : the network whose features those are, on the device of `model` and shown the same inputs; None, `model`
+        itself. Several teachers of one synthesis must have the sub-classes of one of them
 
     Returns
     -------
@@ -319,7 +334,8 @@ def record(
     Raises
     ------
     InputError : a label out of range, a non-finite pixel or activation, a class with no image or too few, a rule that finds no
-        site; each named. With sub-classes also a loader that can be gone through once, and a teacher without a linear layer
+        site; each named. With sub-classes also a loader that can be gone through once, a network without a linear layer before
+        which its features are, and one whose preprocessing is another
 
     Warns
     -----
@@ -344,6 +360,8 @@ def record(
             f"can be: got {subclasses} of a {type(loader).__name__}"
         )
 
+    grouping = _grouping_model(model, subclass_teacher, preprocessing, subclasses)
+
     def inputs(what: str) -> Iterator[tuple[Tensor, Tensor]]:
         """(what the teacher is shown, on its device, labels int64 [N] on the CPU) of every batch."""
         first = 0
@@ -354,7 +372,7 @@ def record(
             images = images.to(device)
             yield images if preprocessing is None else preprocessing.normalize(images), labels
 
-    found = SubClasses(model, inputs("clustering"), names, subclasses, minimum_images) if subclasses > 1 else None
+    found = SubClasses(grouping, inputs("clustering"), names, subclasses, minimum_images) if subclasses > 1 else None
     row_names = names if found is None else _row_names(found.row_classes, names)
     recorder = _Recorder(model, len(row_names), sites, variance)
     counts = ImageCounts(variance, len(row_names))
@@ -378,7 +396,29 @@ def record(
         variance,
         {name: site.whole for name, site in recorder.sites.items() if site.whole is not None},
         None if found is None else found.row_classes,
+        None if grouping is model else fingerprint(grouping),
     )
+
+
+def _grouping_model(
+    model: nn.Module, subclass_teacher: nn.Module | Teacher | None, preprocessing: Preprocessing | None, subclasses: int
+) -> nn.Module:
+    """The network whose features sub-classes are clusters of."""
+    if subclass_teacher is None:
+        return model
+    if subclasses < 2:
+        raise InputError(
+            f"subclass_teacher (--subclass-teacher) needs subclasses (--subclasses) of 2 or more, got {subclasses}"
+        )
+    if isinstance(subclass_teacher, Teacher):
+        if subclass_teacher.preprocessing != preprocessing:
+            raise InputError(
+                f"both teachers must be shown the same: the preprocessing of the one whose sub-classes are taken is "
+                f"{subclass_teacher.preprocessing}, expected {preprocessing}"
+            )
+        subclass_teacher = subclass_teacher.model
+    check_teacher(subclass_teacher, needs_batchnorm=False)
+    return subclass_teacher
 
 
 class _Recorder:

@@ -22,6 +22,7 @@ FORMAT, VERSION = "bnfuse.class_statistics", 2
 SUBCLASSES_VERSION = 3  # of files whose rows are sub-classes: what reads 2 alone must not take them for classes
 READABLE = (1, VERSION, SUBCLASSES_VERSION)  # 1 knew BatchNorm inputs and pooled moments alone
 PARTS = ("count", "mean", "m2")  # of a site's tables: [K], [K, C] and [K, C]
+_ABSENT = {"rules": ["bn"], "variance": "pooled", "row_classes": None, "subclass_teacher": None}  # what is not written is this
 WHOLE_PARTS = ("whole_count", "whole_mean", "whole_m2")  # the same of all classes together: [1], [1, C] and [1, C]
 
 
@@ -52,7 +53,7 @@ class SitesOnDisk(Mapping):
                     f"{path} has format version {self.description['version']}, this bnfuse reads "
                     f"{', '.join(map(str, READABLE))}; record again"
                 )
-            self.description = {"rules": ["bn"], "variance": "pooled", "row_classes": None} | self.description
+            self.description = _ABSENT | self.description
             self._file = open(path, "rb", buffering=0)
             # 8 bytes: the header's length; the header: name → dtype, shape, data_offsets; then the data
             length = int.from_bytes(self._file.read(8), "little")

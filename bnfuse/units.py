@@ -76,7 +76,7 @@ class UnitMaker:
         self.more_sources = [Source.of(*more, config) for more in more_teachers]
         for number, other in enumerate(self.more_sources, start=2):
             self.source.check_alike(other, number)
-            self.source.check_no_subclasses(other, config)
+            self.source.check_subclasses(other, number, config)
         if not self.more_sources and (config.teacher_weights or config.teacher_priors):
             raise InputError(
                 "teacher_weights and teacher_priors are for several teachers: give --more-teachers (more_teachers)"
@@ -285,12 +285,14 @@ class Source:
         """Whether the images of a class are matched to the statistics of its sub-classes."""
         return config.targets == "class" and self.statistics.row_classes is not None
 
-    def check_no_subclasses(self, other: Source, config: SynthesisConfig) -> None:
-        """InputError where one of two teachers has sub-classes that the other knows nothing of."""
-        if self.has_subclasses(config) or other.has_subclasses(config):
+    def check_subclasses(self, other: Source, number: int, config: SynthesisConfig) -> None:
+        """InputError where one of two teachers has sub-classes that are not the other's."""
+        either = self.has_subclasses(config) or other.has_subclasses(config)
+        if either and self.statistics.grouping != other.statistics.grouping:
             raise InputError(
-                "sub-classes are of one teacher's features, and images of several teachers have one group each: record the "
-                "statistics of all of them without sub-classes"
+                f"teacher {number} does not go with the first: an image is of one sub-class for all teachers, and their "
+                "statistics have different ones, or one has none. Record those of the further teachers with the same images, "
+                "the same --subclasses and the first as --subclass-teacher (subclass_teacher), or all without sub-classes"
             )
 
     def counts(self, config: SynthesisConfig) -> list[int]:
@@ -396,6 +398,7 @@ class Source:
                 "images": statistics.images.tolist(),
                 **({} if statistics.variance == "pooled" else {"variance": statistics.variance}),
                 **({} if statistics.row_classes is None else {"row_classes": statistics.row_classes}),
+                **({} if statistics.subclass_teacher is None else {"subclass_teacher": statistics.subclass_teacher}),
             },
         }
 

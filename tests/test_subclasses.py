@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import safetensors
@@ -20,7 +21,7 @@ from bnfuse.features import Features
 from bnfuse.models import Teacher
 from bnfuse.plans import deal
 from bnfuse.store import verify
-from bnfuse.subclasses import clusters
+from bnfuse.subclasses import SubClasses, clusters
 from bnfuse.units import UnitMaker
 
 CLASSES, SIZE = 3, 8
@@ -220,8 +221,71 @@ def test_a_dataset_of_sub_classes_has_the_classes_labels(recorded, tmp_path, mon
     assert few.batch(everything)[0].equal(made.batch(everything)[0])
     for targets in ("global", "running"):  # a batch as a whole knows of no parts
         assert [maker(recorded, targets=targets).rows(unit) for unit in maker(recorded).units] == [[k] * 8 for k in range(3)]
-    with pytest.raises(InputError, match="sub-classes are of one teacher's features"):
-        synthesize(teacher, statistics, tmp_path / "two", config, more_teachers=[(teacher, statistics)])
+
+
+@pytest.fixture(scope="module")
+def two_teachers():
+    """Two that find different sub-classes, with (images, labels) in batches."""
+    generator = torch.Generator().manual_seed(3)
+    images, labels = torch.rand(150, 3, SIZE, SIZE, generator=generator), torch.arange(150) % CLASSES
+    teachers = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        teachers.append(Teacher(settle(Chains(classes=CLASSES), seed), "chains", CLASSES, PREPROCESSING))
+    return *teachers, batches(images, labels)
+
+
+def test_a_further_teacher_takes_the_sub_classes_of_the_first(two_teachers, tmp_path):
+    first, second, loader = two_teachers
+    options = dict(subclasses=2, minimum_images=10, class_names=["a", "b", "c"])
+    statistics, own = (record(teacher, loader, CLASSES, **options) for teacher in (first, second))
+    shared = record(second, loader, CLASSES, subclass_teacher=first, **options)
+    assert own.images.tolist() != shared.images.tolist() == statistics.images.tolist()
+    assert shared.grouping == statistics.grouping != own.grouping
+
+    inputs = [(PREPROCESSING.normalize(images), labels) for images, labels in loader]
+    found = SubClasses(first.model, inputs, options["class_names"], 2, 10)
+    rows = [found.of(16 * i, images) for i, (images, _) in enumerate(inputs)]
+    as_classes = record(
+        second, [(images, of) for (images, _), of in zip(loader, rows)], len(found.row_classes), minimum_images=10
+    )
+    for name, site in shared.sites.items():
+        expected = as_classes.sites[name]
+        assert site.count.equal(expected.count) and site.mean.equal(expected.mean) and site.m2.equal(expected.m2)
+
+    shared.save(tmp_path / "shared")
+    loaded = ClassStatistics.load(tmp_path / "shared", teacher=second.model)
+    assert loaded.grouping == statistics.grouping and loaded.subclass_teacher == first.fingerprint
+    config = SynthesisConfig(images_per_class=8, batch_size=8, iterations=3)
+    made = UnitMaker(first, statistics, config, torch.device("cpu"), "auto", more_teachers=[(second, loaded)])
+    for unit in made.units:
+        rows = made.rows(unit)
+        for targets, of in zip(made.targets, (statistics, shared)):
+            starts, chosen = targets.groups(rows, "class")
+            mean, _ = of.moments(classes=[rows[start] for start in starts[:-1].tolist()])
+            torch.testing.assert_close(targets.matcher.target_mean[chosen].double(), mean, rtol=1e-6, atol=1e-6)
+    synthesize(first, statistics, tmp_path / "out", config, more_teachers=[(second, loaded)], progress=False)
+    assert read_card(tmp_path / "out")["more_teachers"][0]["statistics"]["subclass_teacher"] == first.fingerprint
+
+    plain = record(second, loader, CLASSES, class_names=["a", "b", "c"])
+    for other in (own, plain):
+        with pytest.raises(InputError, match="teacher 2 does not go with the first: an image is of one sub-class"):
+            synthesize(first, statistics, tmp_path / "two", config, more_teachers=[(second, other)])
+    with pytest.raises(InputError, match="teacher 2 does not go with the first: an image is of one sub-class"):
+        synthesize(second, plain, tmp_path / "two", config, more_teachers=[(first, statistics)])
+    pooled = replace(config, targets="global")  # knows of no sub-classes
+    UnitMaker(first, statistics, pooled, torch.device("cpu"), "auto", more_teachers=[(second, plain)])
+
+
+def test_whose_sub_classes_cannot_be_taken(two_teachers):
+    first, second, loader = two_teachers
+    with pytest.raises(InputError, match=r"needs subclasses \(--subclasses\) of 2 or more, got 1"):
+        record(second, loader, CLASSES, subclass_teacher=first)
+    other = replace(first, preprocessing=Preprocessing((SIZE, SIZE), (0.4,) * 3, (0.25,) * 3))
+    with pytest.raises(InputError, match="both teachers must be shown the same"):
+        record(second, loader, CLASSES, subclasses=2, subclass_teacher=other)
+    with pytest.raises(InputError, match="train"):  # not frozen
+        record(second, loader, CLASSES, subclasses=2, subclass_teacher=Chains(classes=CLASSES).train())
 
 
 def test_on_the_command_line(tmp_path, monkeypatch, capsys):
@@ -233,6 +297,14 @@ def test_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert ClassStatistics.load("s").images.min() >= 20
     flow = "synthesize --teacher teacher/model.safetensors --statistics s --images-per-class 3 --iterations 2 --out synthetic"
     assert run(flow) == 0 and run(flow) == 0 and "30 images, 0 made now" in capsys.readouterr().out
+
+    assert run("train --data digits:train --out second --model resnet8 --epochs 1 --seed 1") == 0
+    more = "record --teacher second/model.safetensors --data digits:train --subclasses 3 --out more"
+    first = " --subclass-teacher teacher/model.safetensors"
+    two = f"{flow} --more-teachers second/model.safetensors --more-statistics more".replace("synthetic", "of_two")
+    assert run(more) == 0 and run(two) == 2 and "and the first as --subclass-teacher" in capsys.readouterr().err
+    assert run(more + first) == 0 and run(two) == 0 and "30 images, 30 made now" in capsys.readouterr().out
+    assert run(more + " --subclass-weights x") == 2 and "--subclass-teacher, which is missing" in capsys.readouterr().err
 
 
 # ---- the audit ----
