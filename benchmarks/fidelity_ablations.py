@@ -80,7 +80,6 @@ def _towards_cifar10() -> list[Variant]:
         ("1/f, less cross-entropy", small_ce, {}),
         ("1/f, with a plain network", small_ce, {"teachers": ("convnet3",)}),
         ("1/f, two teachers in turn", in_turn, {"teachers": ("convnet3",)}),
-        ("1/f, three teachers, 4 sub-classes", in_turn, {"teachers": three, "record": {"subclasses": 4}}),
         ("1/f, three teachers, 10 sub-classes", in_turn, {"teachers": three, "record": {"subclasses": 10}}),
         ("1/f, three teachers in turn", in_turn, {"teachers": three}),
     )

@@ -402,10 +402,13 @@ def _check_labels(labels: Labels, dataset, preprocessing: Preprocessing, config:
             f"the views of {labels.root} are shown as they were labelled, each once: leave out sampling={config.sampling!r}, "
             "or relabel the images themselves (without --views)"
         )
-    if not labels.plain and labels.image_size != preprocessing.image_size:
+    (height, width), (teachers_height, teachers_width) = preprocessing.image_size, labels.image_size
+    if (
+        not labels.plain and height * teachers_width != width * teachers_height
+    ):  # of any size: crops and mixes are fractions of it
         raise InputError(
-            f"the views of {labels.root} were labelled at {'x'.join(map(str, labels.image_size))} pixels and the images are "
-            f"{'x'.join(map(str, preprocessing.image_size))}: bring them to that size (image_size, --image-size)"
+            f"the views of {labels.root} were labelled at {teachers_height}x{teachers_width} pixels and the images are "
+            f"{height}x{width}: bring them to that shape, of whatever size (image_size, --image-size)"
         )
 
 

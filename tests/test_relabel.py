@@ -268,6 +268,25 @@ def test_what_cannot_be_labelled_or_learnt(store, tmp_path):
         train(load_dataset(str(store), image_size=(6, 6)), TRAIN, labels=labels, progress=False)
 
 
+def test_a_student_may_see_the_views_at_another_size(store):
+    """The same part of the image, in fewer pixels or in more."""
+    go(store, VIEWS)
+    labels = Labels(store / "relabel")
+    for size in ((8, 9), (16, 18)):
+        result = train(load_dataset(str(store), image_size=size), TRAIN, labels=labels, progress=False)
+        assert result.preprocessing.image_size == size and len(result.history) == TRAIN.epochs
+    slopes = torch.randn(6, 3, 2, generator=torch.Generator().manual_seed(0))
+    rows, columns = torch.linspace(-1, 1, 32)[:, None], torch.linspace(-1, 1, 48)
+    large = slopes[..., :1, None] * rows + slopes[..., 1:, None] * columns  # [6, 3, 32, 48], as easily seen in fewer pixels
+    views = Views.draw(torch.arange(6), dataclasses.replace(VIEWS, flip=True), torch.Generator().manual_seed(1))
+    assert views.flips.any() and not views.flips.all()
+    halved = lambda images: torch.nn.functional.avg_pool2d(images, 2)
+    of_halved, of_large = views.show(halved(large), slice(0, 6)), halved(views.show(large, slice(0, 6)))
+    inside = (..., slice(2, -2), slice(2, -2))  # beyond the border nothing is known
+    torch.testing.assert_close(of_halved[inside], of_large[inside], rtol=1e-4, atol=1e-4)
+    assert (of_large - halved(large)).abs().max() > 0.1
+
+
 @pytest.mark.parametrize(
     "fields, message", [({"views": -1}, "views"), ({"crop_scale": 0.0}, "crop_scale"), ({"cutmix": -1}, "cutmix")]
 )
