@@ -639,7 +639,7 @@ def test_zeroq_finds_each_samples_mean_and_std(dtype):
 
 
 def test_hooks_can_be_derived_from():
-    """As docs/drop_in.md shows: targets of one's own."""
+    """As docs/drop_in.md shows: targets of one's own, or a distance."""
 
     class Twice(BatchNormHook):
         def targets(self, module):
@@ -651,6 +651,17 @@ def test_hooks_can_be_derived_from():
     mean, var = moments_of(x)
     close(hook.r_feature, l2(2 * layer.running_mean, mean) + l2(2 * layer.running_var, var), x.dtype)
     close(plain.r_feature, l2(layer.running_mean, mean) + l2(layer.running_var, var), x.dtype)
+
+    class Largest(BatchNormHook):
+        def measure(self, mean, var, target_mean, target_var):
+            return (mean - target_mean).abs().max()
+
+    layer, x = fill(nn.BatchNorm2d(5)).double(), images(3, 5, 6, 7).requires_grad_()
+    hook = Largest(layer)
+    layer(x)
+    expected = (x.mean((0, 2, 3)) - layer.running_mean).abs().max()
+    close(hook.r_feature, expected, x.dtype)
+    close(*(torch.autograd.grad(of, x)[0] for of in (hook.r_feature, expected)), x.dtype)
 
 
 def test_a_layer_is_called_as_it_was():

@@ -118,8 +118,6 @@ class BNFeatureHook(_Categories, BatchNormHook):
     InputError : no name; at a forward pass: no statistics, or no labels
     """
 
-    measured_by_operator = False
-
     def __init__(
         self,
         module: nn.Module,

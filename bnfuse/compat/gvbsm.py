@@ -38,8 +38,6 @@ class BNFeatureHook(BatchNormHook):
     average : the `MovingAverage`
     """
 
-    measured_by_operator = False
-
     def __init__(
         self,
         module: nn.Module,
