@@ -8,7 +8,7 @@ of which only the fields of an augmentation are read. Random numbers are drawn o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -60,9 +60,18 @@ class Source:
             pin_memory=self.device.type == "cuda",
             generator=Generator(),  # seeds the workers, which would otherwise draw from the model's
         )
-        for index, images in zip(batches, loader):
+        for index, images in zip(batches, read(loader)):
             images = images.to(self.device, non_blocking=True).permute(0, 2, 3, 1)  # [B, H, W, C]
             yield index.to(self.device), _pixels(gather(images, torch.arange(len(images), device=self.device)))
+
+
+def read(loader: Iterable) -> Iterator:
+    """What a loader yields. An InputError of one of its processes comes as it was: PyTorch makes its traceback the message."""
+    try:
+        yield from loader
+    except InputError as error:
+        said = str(error).rpartition(f"{InputError.__module__}.InputError: ")[2].strip()
+        raise (error if said == str(error) else InputError(said)) from None
 
 
 class _Collate:
@@ -241,7 +250,7 @@ def draw_mix(count: int, config, generator: Generator) -> tuple[Tensor, Tensor]:
     uses_cutmix = torch.rand(count, generator=generator) < (0.5 if config.mixup else 1.0)
     if not config.cutmix:
         uses_cutmix = torch.zeros_like(uses_cutmix)
-    alpha = torch.where(uses_cutmix, config.cutmix, config.mixup)
+    alpha = torch.where(uses_cutmix, float(config.cutmix), float(config.mixup))
     a, b = (torch._standard_gamma(alpha, generator) for _ in range(2))
     y, x = torch.rand(2, count, generator=generator)
     draws = torch.stack([uses_cutmix.float(), a / (a + b), y, x], dim=1)  # the share is Beta(alpha, alpha)

@@ -19,12 +19,13 @@ from . import __version__, presets, recipes
 from . import cli_flags as flags
 from .cli_dataset import add_audit, add_export, add_relabel, add_verify
 from .configs import add_flags, given_flags
-from .datasets import load_dataset
+from .datasets import as_spec, load_dataset
 from .demo import run_demo
 from .distributed import OtherRankFailed, rank
 from .doctor import report
 from .errors import BnfuseError, InputError, Interrupted, UnitWarning
 from .estimators import VARIANCES, index_batches
+from .files import check_place
 from .labels import Labels, images_digest
 from .manifest import is_store, read_store
 from .models import SPEC_GRAMMAR, Teacher, load_teacher
@@ -34,7 +35,7 @@ from .sites import SITE_GRAMMAR
 from .statistics import MINIMUM_IMAGES, ClassStatistics, record
 from .synthesis import synthesize
 from .training import TrainConfig, train
-from .units import recognised
+from .units import outputs_asked, recognised
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -179,7 +180,7 @@ def _add_record(commands) -> None:
         type=int,
         nargs="+",
         metavar="K",
-        help="the teacher's output for each class of the dataset, where the teacher knows more classes",
+        help="the teacher's output for each class of the dataset, where the names of its classes do not tell",
     )
     parser.add_argument(
         "--sites",
@@ -224,6 +225,9 @@ def _add_record(commands) -> None:
 
 
 def _record(args) -> None:
+    check_place(args.out)
+    if args.workers < 0:
+        raise InputError(f"--workers must be at least 0, got {args.workers}")
     teacher = flags.load_teacher(args)
     data = load_dataset(
         args.data,
@@ -325,6 +329,8 @@ def _synthesize(args) -> None:
     teacher = flags.load_teacher(args)
     judge = _load_judge(args, teacher)
     statistics = None if args.statistics is None else ClassStatistics.load(args.statistics)
+    if judge is not None:
+        outputs_asked(teacher, statistics, config, judge)  # before the work, where it cannot judge
     result = synthesize(
         teacher,
         statistics,
@@ -351,7 +357,7 @@ def _synthesize(args) -> None:
     if judge is not None:
         share = recognised(teacher, statistics, result.out, config, micro_batch=args.micro_batch, judge=judge)
         print(f"the judge ({judge.architecture}) takes {share:.1%} of them for it")
-    print(f"look at {result.out / 'contact_sheet.png'}; train on it with `bnfuse train --data {result.out}`")
+    print(f"look at {result.out / 'contact_sheet.png'}; train on it with `bnfuse train --data {as_spec(result.out)}`")
 
 
 def _synthesis_config(given: dict[str, object]) -> SynthesisConfig:

@@ -11,7 +11,7 @@ from .audit.context import BUDGETS, NOISE
 from .audit.running import command_line
 from .audit.summary import verdict_lines
 from .configs import add_flags, given_flags
-from .datasets import load_dataset
+from .datasets import as_spec, load_dataset
 from .errors import InputError
 from .estimate import readable_bytes
 from .exporting import FORMATS, export
@@ -163,7 +163,7 @@ def add_relabel(commands) -> None:
         type=int,
         nargs="+",
         metavar="K",
-        help="the teacher's output for each class of the dataset, where it has more",
+        help="the teacher's output for each class of the dataset, where the names of its classes do not tell",
     )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default 0)")
     parser.add_argument("--recipe", metavar="NAME", help="begin from the views of this recipe, see --list-recipes")
@@ -183,7 +183,7 @@ def _relabel(args) -> None:
     print(f"labels of {done.views:,} views, {done.made:,} made now{rate}, {readable_bytes(done.bytes)}: {done.out}")
     labels = RELABEL if args.out is None else args.out
     how = f"--batch-size {config.batch_size}" if args.recipe is None else f"--recipe {args.recipe}"
-    print(f"learn them with `bnfuse train --data {args.dataset} --labels {labels} {how}`")
+    print(f"learn them with `bnfuse train --data {as_spec(args.dataset)} --labels {labels} {how}`")
 
 
 # ---- bnfuse export ----

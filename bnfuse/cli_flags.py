@@ -55,8 +55,7 @@ def load_more_teachers(args) -> list[tuple[Teacher, ClassStatistics | None]]:
     pairs = []
     for k, model in enumerate(args.more_teachers):
         weights = args.more_weights[k] if args.more_weights else None
-        teacher = models.load_teacher(model, weights=weights, num_classes=args.num_classes, preprocessing=preprocessing(args))
-        teacher.model.to(device(args))
+        teacher = _teacher(args, model, weights)
         pairs.append((teacher, ClassStatistics.load(args.more_statistics[k]) if args.more_statistics else None))
     return pairs
 
@@ -112,9 +111,13 @@ def load_data(args):
 
 
 def load_teacher(args) -> Teacher:
-    teacher = models.load_teacher(
-        args.teacher, weights=args.weights, num_classes=args.num_classes, preprocessing=preprocessing(args)
-    )
+    return _teacher(args, args.teacher, args.weights)
+
+
+def _teacher(args, model: str, weights: str | None) -> Teacher:
+    """On the device, with the size, mean and std that the flags give."""
+    given = dict(num_classes=args.num_classes, preprocessing=preprocessing(args), image_size=size(args))
+    teacher = models.load_teacher(model, weights=weights, **given)
     teacher.model.to(device(args))
     return teacher
 
@@ -124,10 +127,7 @@ def load_subclass_teacher(args) -> Teacher | None:
         if args.subclass_weights is not None:
             raise InputError(f"--subclass-weights {args.subclass_weights} are for --subclass-teacher, which is missing")
         return None
-    named = dict(weights=args.subclass_weights, num_classes=args.num_classes, preprocessing=preprocessing(args))
-    teacher = models.load_teacher(args.subclass_teacher, **named)
-    teacher.model.to(device(args))
-    return teacher
+    return _teacher(args, args.subclass_teacher, args.subclass_weights)
 
 
 def device(args) -> torch.device:

@@ -35,6 +35,14 @@ FOLDER                   a folder for each class, with image files in it; or a d
 A folder or file that is called like a built-in dataset is written with a path: ./digits"""
 
 
+_BUILT_IN = ("digits", "cifar10")
+
+
+def as_spec(path: Path) -> str:
+    """What `load_dataset` takes for this path, whatever it is called."""
+    return f"./{path}" if str(path).partition(":")[0] in _BUILT_IN else str(path)
+
+
 def load_dataset(
     spec: str,
     *,
@@ -70,7 +78,7 @@ def load_dataset(
     if not spec:
         raise InputError(f"the name of a dataset is empty; expected one of\n{SPEC_GRAMMAR}")
     name, _, split = spec.partition(":")
-    if name in ("digits", "cifar10"):
+    if name in _BUILT_IN:
         if split not in ("", "train", "test"):
             raise InputError(f"{spec}: unknown split {split!r}; expected {name}:train, {name}:test, or {name} for all")
         images, labels = digits(split) if name == "digits" else cifar10(split, download)

@@ -14,6 +14,7 @@ import filecmp
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
@@ -122,6 +123,8 @@ def export(
 @contextmanager
 def _folder_made_whole(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out`, which takes its place once the block is through. A killed one is replaced by the next."""
+    if out.is_symlink() or os.path.ismount(out):
+        raise InputError(f"{out} is a link or a mount point, whose place no folder can take: export into a new folder in it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is there already and is not an empty folder: choose another place, or remove it")
     hidden = out.with_name(f".{out.name}.bnfuse-export")

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,18 @@ def atomic_path(path: str | os.PathLike, *, sync_folder: bool = True) -> Iterato
         raise
     if sync_folder:
         sync(path.parent)
+
+
+def check_place(path: str | os.PathLike) -> None:
+    """InputError where no file can be written to `path`: asked before the work that leads to it. Makes its folder."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name the file to write")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from error
 
 
 def sync(path: Path) -> None:

@@ -37,6 +37,7 @@ _DTYPES = {
     "partners": torch.int32,
 }
 _PLACES = ("index", "partners")
+_SAID = (("complete",), ("config", "views"), ("dataset", "images", "class_names", "sha256"), ("preprocessing", "image_size"))
 
 
 class Labels:
@@ -155,6 +156,12 @@ def read_labels_card(root: Path) -> dict:
         raise InputError(f"{root / LABELS} is not JSON ({error}): delete {root} and relabel") from error
     if not isinstance(card, dict) or (card.get("format"), card.get("format_version")) != (FORMAT, FORMAT_VERSION):
         raise InputError(f"{root / LABELS} is not of the format {FORMAT} {FORMAT_VERSION}: relabel with this bnfuse")
+    try:
+        for name, *parts in _SAID:
+            for part in parts or [None]:
+                card[name] if part is None else card[name][part]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{root / LABELS} is damaged, it does not say {error}: delete {root} and relabel") from error
     return card
 
 

@@ -108,6 +108,11 @@ class MatchingConfig:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for rule in (*self.sites, *(self.drop_sites or ())):
             SiteRule.parse(rule)
+        if self.drop_sites and not self.site_drop:
+            raise InputError(
+                f"drop_sites={' '.join(self.drop_sites)} (--drop-sites) needs a site_drop (--site-drop) above 0, the share of "
+                "them that each step leaves out"
+            )
 
     @property
     def grouping(self) -> str:
@@ -120,6 +125,11 @@ class MatchingConfig:
         if self.site_drop:
             may_go = {site.name for site in select(model, self.drop_sites or self.sites)}
             drops = {name: self.site_drop for name in names if name.split("#")[0] in may_go}
+            if not drops:
+                raise InputError(
+                    f"drop_sites={' '.join(self.drop_sites or ())} (--drop-sites) names none of the sites that are matched, "
+                    f"which are those of {' '.join(self.sites)}: name some of these, or leave site_drop out"
+                )
         average = None
         if self.moving_average:
             average = MovingAverage(self.moving_average, self.moving_average_gradient, self.moving_average_start)

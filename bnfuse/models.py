@@ -17,7 +17,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -78,8 +78,9 @@ class Teacher:
     def outputs_for(self, names: Sequence[str], outputs: Sequence[int] | None = None) -> list[int] | None:
         """The network's output for each class of a dataset; None, class k is output k.
 
-        They are `outputs` where these are given; as many as there are classes; or, of a network of more, those of its classes
-        that have the same names. InputError where none of it tells.
+        They are `outputs` where these are given; else those of the network's classes that have the same names; else, where it
+        has as many outputs as there are classes, and its names say nothing else, these in their order. InputError where none
+        of it tells.
         """
         if outputs is not None:
             outputs = list(outputs)
@@ -90,15 +91,22 @@ class Teacher:
                     f"once, got {outputs[:10]} ({len(outputs)})"
                 )
             return None if outputs == list(range(self.num_classes)) else outputs
-        if self.num_classes == len(names):
-            return None
-        known = self.class_names or []
-        if all(known.count(name) == 1 for name in names):
-            return [known.index(name) for name in names]
-        raise InputError(
-            f"{self.architecture} tells {self.num_classes} classes apart and the dataset has {len(names)}: name its output for "
-            "each of them with outputs= (--outputs)"
-        )
+        place = {name: k for k, name in enumerate(self.class_names or []) if self.class_names.count(name) == 1}
+        if all(name in place for name in names):
+            found = [place[name] for name in names]
+            return None if found == list(range(self.num_classes)) else found
+        if self.num_classes != len(names):
+            raise InputError(
+                f"{self.architecture} tells {self.num_classes} classes apart and the dataset has {len(names)}: name its output "
+                "for each of them with outputs= (--outputs)"
+            )
+        for k, name in enumerate(names):
+            if place.get(name, k) != k:
+                raise InputError(
+                    f"the dataset's class {k}, {name!r}, is output {place[name]} of {self.architecture} by its name, and "
+                    "others are none of its classes: name its output for each of them with outputs= (--outputs)"
+                )
+        return None
 
 
 def load_teacher(
@@ -108,6 +116,7 @@ def load_teacher(
     num_classes: int | None = None,
     preprocessing: Preprocessing | None = None,
     default_preprocessing: Preprocessing | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> Teacher:
     """Build a network, load its weights, try it on one image of zeros, freeze and check it.
 
@@ -121,6 +130,7 @@ def load_teacher(
     num_classes : logits a sample
     preprocessing : size, mean and std of the images that it expects
     default_preprocessing : that where it is neither given nor known
+    image_size : (height, width) of the images, where it shall be another than what is known
 
     Warns
     -----
@@ -146,6 +156,8 @@ def load_teacher(
     preprocessing = preprocessing or known.preprocessing or default_preprocessing
     if preprocessing is None:
         raise InputError(f"what images {spec} expects is not known from its weights: {PREPROCESSING_FLAGS}")
+    if image_size is not None:
+        preprocessing = replace(preprocessing, image_size=image_size)
     kind, _ = _parse_spec(spec)
     num_classes = num_classes or known.num_classes
     if num_classes is None and kind == "bnfuse" and _is_file(weights):

@@ -29,7 +29,7 @@ SHOW_EVERY = 10  # steps between two looks at the losses, each of which waits fo
 
 
 class NonFiniteLoss(BnfuseError):
-    """A loss became infinite or NaN.
+    """A loss became infinite or NaN, or images did in the last step.
 
     Attributes
     ----------
@@ -162,6 +162,7 @@ def optimise(
             if step < config.total_iterations and _wanted(checkpoint, step, team, device):
                 watch.check()
                 checkpoint.save(step, _state(images, step, batch, generator, objective))
+    watch.check_images(images.values, team, device)
     return team.gather_rows(images.values[: batch.owned], batch.count), terms
 
 
@@ -349,6 +350,14 @@ class _Watch:
             raise self._error(*broken[0])
         del self.seen[:-1]
         return {name: value.item() for name, value in self.seen[0][1].items()}
+
+    def check_images(self, values: Tensor, team: Team, device: torch.device) -> None:
+        """NonFiniteLoss, on all ranks of the team, where the last step, of which no loss was taken, broke some image."""
+        broken = team.sum_((~values.isfinite().all()).to(device, torch.float32)[None])
+        if broken.item():
+            step = self.seen[-1][0]
+            text = f"unit {self.unit}, step {step}: images are not finite after the last step; lower lr or bn_weight"
+            raise NonFiniteLoss(text, self.unit, step, "images")
 
     def _error(self, step: int, terms: dict[str, Tensor], distances: Tensor, names: Sequence[str]) -> NonFiniteLoss:
         values = {name: value.item() for name, value in terms.items()}

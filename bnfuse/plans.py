@@ -127,6 +127,8 @@ class SynthesisConfig(MatchingConfig):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
                 raise InputError(f"{name} must be {'positive' if name in positive else 'at least 0'}, got {value}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas must be two numbers from 0 to below 1, got {self.betas}")
         if self.preset is not None and self.recipe is not None:
             raise InputError(
                 f"settings begin from one of a preset and a recipe, got both: preset={self.preset!r}, recipe={self.recipe!r}"

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .batches import Source, decoded, even_batches
 from .card import card_bytes, refuse_differences, versions
 from .configs import check_whole
-from .datasets import load_dataset
+from .datasets import as_spec, load_dataset
 from .errors import InputError
 from .estimate import check_space, label_bytes, readable_bytes
 from .files import is_temporary, locked_folder, write_atomically
@@ -119,6 +119,8 @@ def relabel(
         is too small, a logit is not finite in float16
     """
     started = time.monotonic()
+    if workers < 0:
+        raise InputError(f"workers must be at least 0, got {workers}")
     contents = read_store(dataset)
     if not contents.complete:
         raise InputError(f"{dataset} is not finished ({len(contents.entries)} images so far): finish it, then relabel it")
@@ -155,7 +157,7 @@ def relabel(
             if progress:
                 size = readable_bytes(label_bytes(total, len(names), config))
                 print(f"labels of {total:,} views take {size}, {made:,} of them are to be made", flush=True)
-            images = load_dataset(str(dataset), image_size=preprocessing.image_size, channels=preprocessing.channels)
+            images = load_dataset(as_spec(contents.root), image_size=preprocessing.image_size, channels=preprocessing.channels)
             source = Source(decoded(images), preprocessing, device, workers)
             teacher.model.to(device)
             bar = tqdm(total=total, initial=total - made, desc="relabelling", unit="view", disable=not progress)

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .card import read_card, refuse_other_identity
+from .card import CARD, read_card, refuse_other_identity
 from .distributed import choose_device
 from .errors import InputError
 from .files import write_atomically
@@ -86,6 +86,8 @@ def repair(
     root = Path(out).expanduser()
     card = read_card(root)
     config = SynthesisConfig.from_card(card)
+    if "backend" not in card:
+        raise InputError(f"{root / CARD} names no backend: what `bnfuse synthesize` did not make cannot be repaired")
     device = choose_device(device)
     micro_batch = card.get("micro_batch") if micro_batch is None else micro_batch
     backend = card["backend"] if backend == "auto" else backend

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .batches import read
 from .errors import InputError
 from .estimators import ImageCounts, SiteEstimator, check_variance
 from .files import atomic_path
@@ -319,7 +320,8 @@ def record(
     variance : how a class's moments are gathered, see `estimators`. For all but "pooled" and "images" the loader's batches and
         their order matter
     preprocessing : given, the images are pixels in [0, 1] and normalised by it; None, the loader has normalised them
-    outputs : the network's output for each class, where the network knows more classes than the dataset has
+    outputs : the network's output for each class, where it has others than the dataset; None, a `Teacher` finds them by the
+        classes' names, see `Teacher.outputs_for`
     minimum_images : a class with fewer is refused unless `allow_few_images`: statistics of few images describe those images.
         A moving average counts for as many images as it effectively averages, see `estimators.ImageCounts`
     subclasses : of each class at most so many, each with statistics of its own: k-means clusters of the teacher's features,
@@ -341,7 +343,11 @@ def record(
     -----
     UserWarning : a moving average still is of its start to more than a hundredth; a class has fewer sub-classes than asked for
     """
+    names = list(class_names) if class_names is not None else [str(k) for k in range(num_classes)]
+    if len(names) != num_classes:
+        raise InputError(f"class_names has {len(names)} entries, num_classes is {num_classes}")
     if isinstance(model, Teacher):
+        outputs = model.outputs_for(names, outputs)
         model, preprocessing = model.model, preprocessing or model.preprocessing
     check_variance(variance)
     check_teacher(model, needs_batchnorm=any(SiteRule.parse(rule).kind == "bn" for rule in sites))
@@ -351,9 +357,6 @@ def record(
             f"{list(outputs)[:10]} ({len(outputs)})"
         )
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    names = list(class_names) if class_names is not None else [str(k) for k in range(num_classes)]
-    if len(names) != num_classes:
-        raise InputError(f"class_names has {len(names)} entries, num_classes is {num_classes}")
     if subclasses < 1 or subclasses > 1 and isinstance(loader, Iterator):
         raise InputError(
             "subclasses must be at least 1, and for more than that the loader is gone through twice, as a DataLoader or a list "
@@ -365,7 +368,7 @@ def record(
     def inputs(what: str) -> Iterator[tuple[Tensor, Tensor]]:
         """(what the teacher is shown, on its device, labels int64 [N] on the CPU) of every batch."""
         first = 0
-        for batch, (images, labels) in enumerate(tqdm(loader, desc=what, unit="batch", disable=not progress)):
+        for batch, (images, labels) in enumerate(read(tqdm(loader, desc=what, unit="batch", disable=not progress))):
             labels = torch.as_tensor(labels).to(torch.int64)
             _check_batch(images, labels, num_classes, batch, first)
             first += len(labels)

@@ -22,6 +22,7 @@ FORMAT, VERSION = "bnfuse.class_statistics", 2
 SUBCLASSES_VERSION = 3  # of files whose rows are sub-classes: what reads 2 alone must not take them for classes
 READABLE = (1, VERSION, SUBCLASSES_VERSION)  # 1 knew BatchNorm inputs and pooled moments alone
 PARTS = ("count", "mean", "m2")  # of a site's tables: [K], [K, C] and [K, C]
+_WRITTEN = ("version", "sites", "teacher", "dataset", "class_names", "outputs", "preprocessing")
 _ABSENT = {"rules": ["bn"], "variance": "pooled", "row_classes": None, "subclass_teacher": None}  # what is not written is this
 WHOLE_PARTS = ("whole_count", "whole_mean", "whole_m2")  # the same of all classes together: [1], [1, C] and [1, C]
 
@@ -48,6 +49,8 @@ class SitesOnDisk(Mapping):
             if about.get("format") != FORMAT:
                 raise InputError(f"{path} is a safetensors file but holds no class statistics; make one with `bnfuse record`")
             self.description = json.loads(about["description"])
+            for name in _WRITTEN:
+                self.description[name]  # or it is damaged
             if self.description["version"] not in READABLE:
                 raise InputError(
                     f"{path} has format version {self.description['version']}, this bnfuse reads "
@@ -59,6 +62,9 @@ class SitesOnDisk(Mapping):
             length = int.from_bytes(self._file.read(8), "little")
             self._header, self._data = json.loads(self._file.read(length)), 8 + length
             self.images = self._read("images")
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            said = f"{type(error).__name__}: {error}"
+            raise InputError(f"{path} is damaged: what it says of itself cannot be read ({said}); record it again") from error
         except (OSError, safetensors.SafetensorError) as error:
             raise InputError(f"cannot read class statistics from {path}: {error}; make them with `bnfuse record`") from error
         self._check_row_classes()

@@ -97,6 +97,8 @@ def synthesize(
     Interrupted : a SIGTERM or SIGINT came; what was made is safe
     BnfuseError : a unit's loss was not finite, however it was begun
     """
+    if checkpoint_every < 0:
+        raise InputError(f"checkpoint_every must be at least 0, got {checkpoint_every}")
     out = Path(out).expanduser()
     ranks = Ranks.start(ranks_per_batch)
     device = choose_device(device)

@@ -245,7 +245,7 @@ def train(
         raise InputError(f"{dataset.name} has {len(source)} images; training with BatchNorm needs at least 2")
     if labels is not None:
         _check_labels(labels, dataset, preprocessing, config)
-    elif config.shift >= min(preprocessing.image_size):
+    if (labels is None or labels.plain) and config.shift >= min(preprocessing.image_size):
         raise InputError(f"shift={config.shift} is no less than the image size {preprocessing.image_size}")
     if test is not None:
         _check_same_classes(dataset, test)

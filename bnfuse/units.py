@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .datasets import load_dataset
+from .datasets import as_spec, load_dataset
 from .distributed import ALONE, Team
 from .ensemble import Ensemble
 from .errors import BnfuseError, InputError, UnitWarning
@@ -73,8 +73,13 @@ class UnitMaker:
         if self.source.has_subclasses(config):
             self.units = [in_runs(unit, self._rows) for unit in self.units]
         self.backend = backends.resolve(backend, device.type)
-        self.more_sources = [Source.of(*more, config) for more in more_teachers]
-        for number, other in enumerate(self.more_sources, start=2):
+        self.more_sources = []
+        for number, more in enumerate(more_teachers, start=2):
+            try:
+                other = Source.of(*more, config)
+            except InputError as error:
+                raise InputError(f"teacher {number} (--more-teachers, --more-statistics): {error}") from error
+            self.more_sources.append(other)
             self.source.check_alike(other, number)
             self.source.check_subclasses(other, number, config)
         if not self.more_sources and (config.teacher_weights or config.teacher_priors):
@@ -196,6 +201,22 @@ class UnitMaker:
         return torch.cat([self.objective.teacher(self.teacher.preprocessing.normalize(part))[0][:, outputs] for part in parts])
 
 
+def outputs_asked(
+    teacher: Teacher, statistics: ClassStatistics | None, config: SynthesisConfig, judge: Teacher | None = None
+) -> Tensor:
+    """The teacher's output for each of the dataset's K classes, or the judge's: int64 [K].
+
+    A judge's output for a class is that of the same name; where it has no such names the teacher's, of as many outputs; else it
+    has the dataset's classes in their order. InputError where none of it tells.
+    """
+    source = Source.of(teacher, statistics, config)
+    if judge is not None and judge.class_names is not None and set(source.names) <= set(judge.class_names):
+        return torch.tensor([judge.class_names.index(name) for name in source.names])
+    if judge is not None and judge.num_classes != teacher.num_classes:
+        return torch.tensor(judge.outputs_for(source.names) or range(len(source.names)))
+    return source.outputs(torch.tensor(source.rows))
+
+
 @torch.no_grad()
 def recognised(
     teacher: Teacher,
@@ -208,17 +229,11 @@ def recognised(
 ) -> float:
     """The fraction of a finished dataset's images, as stored, that a network takes for what was asked of them.
 
-    It is the teacher, or another: `judge`, which is shown them at its own size. Its output for a class is that of the same
-    name; where it has no such names the teacher's, of as many outputs; else it has the dataset's classes in their order.
+    It is the teacher, or another: `judge`, which is shown them at its own size, see `outputs_asked`.
     """
-    source, network = Source.of(teacher, statistics, config), judge or teacher
-    outputs = source.outputs(torch.tensor(source.rows))  # [K]
-    if judge is not None and judge.class_names is not None and set(source.names) <= set(judge.class_names):
-        outputs = torch.tensor([judge.class_names.index(name) for name in source.names])
-    elif network.num_classes != teacher.num_classes:
-        outputs = torch.tensor(network.outputs_for(source.names) or range(len(source.names)))
+    network, outputs = judge or teacher, outputs_asked(teacher, statistics, config, judge)
     preprocessing = network.preprocessing
-    data = load_dataset(str(out), image_size=preprocessing.image_size, channels=preprocessing.channels)
+    data = load_dataset(as_spec(Path(out)), image_size=preprocessing.image_size, channels=preprocessing.channels)
     device = next(network.model.parameters()).device
     wanted = outputs[data.labels]  # int64 [N]
     right = 0

@@ -210,6 +210,13 @@ def test_teachers_that_do_not_go_together(pair, tmp_path, options, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_which_teacher_lacks_statistics_is_said(pair, tmp_path):
+    for statistics, message in ((None, "needs class statistics"), (pair[0][1], "teacher is")):
+        with pytest.raises(InputError, match=rf"teacher 2 \(--more-teachers, --more-statistics\): .*{message}"):
+            make([pair[0], (pair[1][0], statistics)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

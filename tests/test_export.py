@@ -285,6 +285,9 @@ def test_what_cannot_be_exported(store, tmp_path, monkeypatch):
         export(store, tmp_path / "out", "webdataset", images_per_shard=0)
     with pytest.raises(InputError, match="not an empty folder"):
         export(store, unfinished, "webdataset")
+    (tmp_path / "link").symlink_to(unfinished, target_is_directory=True)
+    with pytest.raises(InputError, match="is a link or a mount point"):
+        export(store, tmp_path / "link", "webdataset")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(InputError, match=r"pip install 'bnfuse\[parquet\]'"):
         export(store, tmp_path / "out", "parquet")

@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from bnfuse import InputError, Preprocessing, SynthesisConfig
+from bnfuse.checkpoints import save_checkpoint
 from bnfuse.cli import main
 from bnfuse.models import Teacher, freeze
+from bnfuse.networks import CifarResNet
 from bnfuse.store import ImageRecord, Store
 from bnfuse.units import recognised
 
@@ -65,3 +67,13 @@ def test_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert run(f"{flow} --judge judge/model.safetensors") == 0
     assert "the judge (resnet8) takes " in capsys.readouterr().out
     assert run(f"{flow} --judge judge") == 2 and "no model is called 'judge'" in capsys.readouterr().err
+    save_checkpoint(
+        tmp_path / "few.safetensors",
+        CifarResNet(8, 3, 1),
+        architecture="resnet8",
+        num_classes=3,
+        preprocessing=Preprocessing((8, 8), (0.5,), (0.5,)),
+    )
+    other = flow.replace("--out out", "--out other")
+    assert run(f"{other} --judge few.safetensors") == 2 and "tells 3 classes apart" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()  # before anything is made

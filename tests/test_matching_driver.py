@@ -195,7 +195,8 @@ def test_every_field_is_a_flag_with_its_help():
     for field in dataclasses.fields(MatchingConfig):
         assert "--" + field.name.replace("_", "-") in text
     assert "(default bn)" in text and "share of sites that each step leaves out at random (default 0.0)" in text
-    flags = "--sites bn conv@cells=16 --groups batch --use-std --moving-average 0.4 --bn-weight -1 --drop-sites conv"
+    flags = "--sites bn conv@cells=16 --groups batch --use-std --bn-weight -1 --moving-average 0.4"
+    flags += " --site-drop 0.1 --drop-sites conv"
     config = from_flags(SynthesisConfig, parser.parse_args(flags.split()))
     assert config.sites == ("bn", "conv@cells=16") and config.use_std and config.bn_weight == -1
     assert config.moving_average == 0.4 and config.grouping == "batch" and config.drop_sites == ("conv",)

@@ -326,6 +326,44 @@ def test_what_cannot_be_known_is_asked_for(tmp_path):
         load_teacher("resnet8", weights="DEFAULT", preprocessing=GREY8)
 
 
+@pytest.mark.parametrize(
+    "known, names, found",
+    [
+        (["cat", "dog", "owl"], ["cat", "dog", "owl"], None),
+        (["owl", "dog", "cat"], ["cat", "dog", "owl"], [2, 1, 0]),  # by name, in whatever order
+        (["cat", "dog", "owl"], ["dog", "owl"], [1, 2]),
+        (["cat", "dog", "owl"], ["0", "1", "2"], None),  # names that say nothing
+        (["crane", "dog", "crane"], ["crane", "dog", "crane"], None),  # two classes of one name, as ImageNet has
+        (None, ["cat", "dog", "owl"], None),
+        (
+            ["cat", "dog", "owl"],
+            ["dog", "owl", "ant"],
+            "class 0, 'dog', is output 1 of resnet8 by its name",
+        ),
+        (["cat", "dog", "owl"], ["dog", "ant"], "tells 3 classes apart and the dataset has 2: name its output"),
+        (None, ["dog", "owl"], "tells 3 classes apart and the dataset has 2: name its output"),
+    ],
+)
+def test_a_class_is_the_output_of_its_name(known, names, found):
+    teacher = Teacher(small_resnet(), "resnet8", 3, GREY8, known)
+    if isinstance(found, str):
+        with pytest.raises(InputError, match=found):
+            teacher.outputs_for(names)
+        found = None
+        names = [*"xyz"]
+    assert teacher.outputs_for(names) == found
+    assert teacher.outputs_for(["x", "y"], [2, 0]) == [2, 0]
+
+
+def test_another_size_may_be_asked_for(tmp_path):
+    save_checkpoint(
+        tmp_path / "t.safetensors", CifarResNet(8, 10, 1), architecture="resnet8", num_classes=10, preprocessing=GREY8
+    )
+    assert load_teacher(tmp_path / "t.safetensors").preprocessing == GREY8
+    larger = load_teacher(tmp_path / "t.safetensors", image_size=(12, 16)).preprocessing
+    assert larger == Preprocessing((12, 16), GREY8.mean, GREY8.std)
+
+
 def test_the_output_is_tried_on_zeros():
     model = small_resnet()
     assert check_output(model, "net", GREY8, None) == 10

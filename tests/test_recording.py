@@ -187,6 +187,11 @@ def test_the_command_line_records_them(tmp_path, capsys):
     assert main(command) == 2
     assert "no BatchNorm layer: it has GroupNorm (1)" in (error := capsys.readouterr().err) and "Traceback" not in error
     command += ["--sites", "type=GroupNorm", "pixels"]
+    for more, said in (
+        (["--out", str(tmp_path)], "is a folder: name the file"),
+        (["--workers", "-1"], "--workers must be at least 0"),
+    ):
+        assert main([*command, *more]) == 2 and said in capsys.readouterr().err
     recorded = {}
     for variance in VARIANCES:
         assert main([*command, "--class-variance", variance]) == 0

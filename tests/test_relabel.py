@@ -14,6 +14,7 @@ from torch import nn
 from bnfuse import InputError, Labels, Preprocessing, RelabelConfig, load_dataset, relabel, relabelling, train, training
 from bnfuse.checkpoints import save_checkpoint
 from bnfuse.cli import main
+from bnfuse.datasets import as_spec
 from bnfuse.estimate import label_bytes
 from bnfuse.manifest import read_store, verify
 from bnfuse.models import Teacher, freeze
@@ -24,7 +25,7 @@ from bnfuse.views import Views
 
 IMAGES, CLASSES, BATCH = 22, 2, 5  # an odd number of images, batches and files of several sizes
 VIEWS = RelabelConfig(views=3, batch_size=BATCH, crop_scale=0.3, seed=4)
-MIXED = dataclasses.replace(VIEWS, cutmix=1.0, mixup=0.4)
+MIXED = dataclasses.replace(VIEWS, cutmix=1, mixup=2)  # as whole numbers, which are taken too
 TRAIN = TrainConfig(model="resnet8", epochs=4, batch_size=BATCH, temperature=1.0, shift=3)
 
 
@@ -266,6 +267,36 @@ def test_what_cannot_be_labelled_or_learnt(store, tmp_path):
         train(data, dataclasses.replace(TRAIN, sampling="class_balanced"), labels=labels, progress=False)
     with pytest.raises(InputError, match="labelled at 8x9 pixels and the images are 6x6"):
         train(load_dataset(str(store), image_size=(6, 6)), TRAIN, labels=labels, progress=False)
+
+
+def test_a_dataset_may_be_called_as_a_built_in_one_is(tmp_path, monkeypatch, capsys):
+    """`./digits` is the folder, though argparse's paths forget how it was written."""
+    expected = Labels(go(make_store(tmp_path / "other"), RelabelConfig(batch_size=BATCH)).out).logits()
+    make_store(tmp_path / "digits")
+    monkeypatch.chdir(tmp_path)
+    assert Labels(go(Path("./digits"), RelabelConfig(batch_size=BATCH)).out).logits().equal(expected)
+    assert as_spec(Path("./digits")) == "./digits" and as_spec(Path("made/digits")) == "made/digits"
+    assert load_dataset(as_spec(Path("digits"))).num_classes == CLASSES
+
+
+def test_what_stands_in_the_way_of_labels_is_said(store, tmp_path):
+    with pytest.raises(InputError, match="workers must be at least 0, got -1"):
+        go(store, VIEWS, workers=-1)
+    go(store, RelabelConfig(batch_size=BATCH))
+    data, labels = load_dataset(str(store)), Labels(store / "relabel")
+    with pytest.raises(InputError, match="shift=8 is no less than the image size"):
+        train(data, dataclasses.replace(TRAIN, shift=8), labels=labels, progress=False)
+    card = json.loads((store / "relabel" / "labels.json").read_text())
+    for broken in ({**card, "config": {}}, {name: value for name, value in card.items() if name != "complete"}):
+        (store / "relabel" / "labels.json").write_text(json.dumps(broken))
+        with pytest.raises(InputError, match="is damaged, it does not say '(views|complete)': delete"):
+            Labels(store / "relabel")
+
+
+def test_a_teacher_of_the_same_classes_in_another_order_is_read_by_name(store, tmp_path):
+    go(store, RelabelConfig(batch_size=BATCH), make_teacher(names=["a", "b"]))
+    go(store, RelabelConfig(batch_size=BATCH), make_teacher(names=["b", "a"]), out=tmp_path / "turned")
+    assert Labels(tmp_path / "turned").logits().equal(Labels(store / "relabel").logits().flip(1))
 
 
 def test_a_student_may_see_the_views_at_another_size(store):

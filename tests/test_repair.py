@@ -247,6 +247,13 @@ def test_card_of_another_version(teacher, made):
         mend(teacher, made)
 
 
+def test_what_synthesize_did_not_make_is_not_mended(teacher, tmp_path):
+    with Store.open(tmp_path / "own", card={}, class_names=["a"]):
+        pass
+    with pytest.raises(InputError, match=r"card.json names no backend: what `bnfuse synthesize` did not make cannot"):
+        mend(teacher, tmp_path / "own")
+
+
 def test_command_line(teacher, made, monkeypatch, capsys):
     monkeypatch.setattr("bnfuse.cli_flags.load_teacher", lambda args: teacher)
     before = tree(made)

@@ -1,6 +1,9 @@
 """Recorded statistics are exact, merge exactly, and refuse what does not fit."""
 
+import json
+
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 from hypothesis import given, settings
@@ -123,7 +126,7 @@ def test_teacher_normalises_pixels(model):
     preprocessing = Preprocessing((6, 5), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     teacher = Teacher(model, "chains", 5, preprocessing)
     pixels, labels = torch.rand(40, 3, 6, 5), torch.arange(40) % CLASSES
-    with_teacher = take(teacher, pixels, labels)
+    with_teacher = take(teacher, pixels, labels, outputs=[4, 0, 2])
     by_hand = take(model, preprocessing.normalize(pixels), labels)
     assert with_teacher.preprocessing == preprocessing and by_hand.preprocessing is None
     assert all(a.equal(b) for a, b in zip(with_teacher.moments(), by_hand.moments()))
@@ -213,6 +216,47 @@ def test_wrong_outputs_and_names(model, data):
         take(model, *data, class_names=["a", "b"])
     with pytest.raises(InputError, match="no BatchNorm"):
         record(freeze(torch.nn.Linear(2, 2)), [], 1)
+
+
+def test_a_teachers_outputs_are_found_by_the_names_of_its_classes(model, data):
+    teacher = Teacher(model, "chains", 5, Preprocessing((6, 5), (0.5,) * 3, (0.5,) * 3), ["v", "w", "x", "y", "z"])
+    pixels = data[0].float().sigmoid()
+    assert take(teacher, pixels, data[1], class_names=["z", "w", "x"]).outputs == [4, 1, 2]
+    assert take(teacher, pixels, data[1], class_names=["z", "w", "x"], outputs=[0, 1, 3]).outputs == [0, 1, 3]
+    with pytest.raises(InputError, match="tells 5 classes apart and the dataset has 3: name its output"):
+        take(teacher, pixels, data[1])
+    with pytest.raises(InputError, match="outputs must name one of the teacher's 5 outputs"):
+        take(teacher, pixels, data[1], outputs=[1, 2, 99])
+
+
+class OneBroken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        if i == 2:
+            raise InputError("c.png is damaged: remove it") from OSError("no such pixel")
+        return torch.rand(3, 6, 5), i % CLASSES
+
+
+def test_an_error_of_a_loaders_process_comes_as_it_was(model):
+    with pytest.raises(InputError) as raised:
+        record(model, torch.utils.data.DataLoader(OneBroken(), 2, num_workers=1), CLASSES)
+    assert str(raised.value) == "c.png is damaged: remove it"
+
+
+@pytest.mark.parametrize("without", ["version", "sites", "teacher", "description"])
+def test_a_file_that_does_not_say_what_it_is(model, data, tmp_path, without):
+    take(model, *data).save(tmp_path / "s")
+    with safetensors.safe_open(tmp_path / "s", "pt") as file:
+        about = file.metadata()
+    description = json.loads(about.pop("description"))
+    description.pop(without, None)
+    if without != "description":
+        about["description"] = json.dumps(description)
+    safetensors.torch.save_file(safetensors.torch.load_file(tmp_path / "s"), tmp_path / "s", about)
+    with pytest.raises(InputError, match=rf"is damaged: what it says of itself cannot be read \(KeyError: '{without}'\)"):
+        ClassStatistics.load(tmp_path / "s")
 
 
 def test_recording_does_not_depend_on_the_batches(data):

@@ -246,9 +246,8 @@ def test_a_further_teacher_takes_the_sub_classes_of_the_first(two_teachers, tmp_
     inputs = [(PREPROCESSING.normalize(images), labels) for images, labels in loader]
     found = SubClasses(first.model, inputs, options["class_names"], 2, 10)
     rows = [found.of(16 * i, images) for i, (images, _) in enumerate(inputs)]
-    as_classes = record(
-        second, [(images, of) for (images, _), of in zip(loader, rows)], len(found.row_classes), minimum_images=10
-    )
+    batches_of = [(images, of) for (images, _), of in zip(inputs, rows)]
+    as_classes = record(second.model, batches_of, len(found.row_classes), minimum_images=10)
     for name, site in shared.sites.items():
         expected = as_classes.sites[name]
         assert site.count.equal(expected.count) and site.mean.equal(expected.mean) and site.m2.equal(expected.m2)

@@ -22,6 +22,7 @@ from bnfuse.augment import Augmentation
 from bnfuse.checkpoints import save_checkpoint
 from bnfuse.models import Teacher, freeze, load_teacher
 from bnfuse.networks import CifarResNet
+from bnfuse.optimisation import Images
 from bnfuse.plans import plan
 from bnfuse.preprocessing import Preprocessing
 from bnfuse.priors import l2, total_variation
@@ -223,6 +224,29 @@ def test_diverging_loss_stops_with_its_terms(teacher, statistics, tmp_path):
         synthesize(teacher, statistics, tmp_path / "out", config, progress=False)
 
 
+def test_images_that_break_in_the_last_step_are_not_kept(teacher, statistics, tmp_path, monkeypatch):
+    step = Images.adam
+
+    def breaking(self, *arguments):
+        step(self, *arguments)
+        self.values[1, 0, 2, 3] = float("nan")
+
+    monkeypatch.setattr(Images, "adam", breaking)
+    config = dataclasses.replace(SMALL, iterations=1, low_resolution_iterations=0)
+    with pytest.raises(BnfuseError, match="unit 0, step 1: images are not finite after the last step; lower lr"):
+        synthesize(teacher, statistics, tmp_path / "out", config, progress=False)
+    assert not list((tmp_path / "out").rglob("*.png"))
+
+
+def test_options_that_are_refused_before_the_work(teacher, statistics, tmp_path):
+    with pytest.raises(InputError, match="checkpoint_every must be at least 0, got -1"):
+        synthesize(teacher, statistics, tmp_path / "out", SMALL, checkpoint_every=-1)
+    config = dataclasses.replace(SMALL, site_drop=0.5, drop_sites=("conv",))
+    with pytest.raises(InputError, match=r"drop_sites=conv \(--drop-sites\) names none of the sites that are matched"):
+        synthesize(teacher, statistics, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -232,6 +256,10 @@ def test_diverging_loss_stops_with_its_terms(teacher, statistics, tmp_path):
         ({"classes_per_batch": True}, "classes_per_batch must be an integer of at least 1, got True"),
         ({"iterations": 1e3}, "iterations must be an integer of at least 1, got 1000.0"),
         ({"low_resolution_iterations": 0.5}, "low_resolution_iterations must be an integer of at least 0, got 0.5"),
+        ({"betas": (1.0, 0.9)}, r"betas must be two numbers from 0 to below 1, got \(1.0, 0.9\)"),
+        ({"betas": (0.5, -0.1)}, "betas must be two numbers from 0 to below 1"),
+        ({"betas": (0.5,)}, "betas must be two numbers from 0 to below 1"),
+        ({"drop_sites": ("bn",)}, r"needs a site_drop \(--site-drop\) above 0"),
         ({"warmup": float("nan")}, "warmup must be an integer of at least 0, got nan"),
         ({"seed": 1.0}, "seed must be an integer of at least 0, got 1.0"),
         ({"lr": float("nan")}, "lr must be positive"),
