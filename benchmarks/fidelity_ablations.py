@@ -86,6 +86,13 @@ def _towards_cifar10() -> list[Variant]:
     return [Variant(name, "recipe", synthesis, towards="cifar10", **more) for name, synthesis, more in lines]
 
 
+def _towards_digits() -> list[Variant]:
+    """From the base to what the recipe's student does, which is the last."""
+    lines = (("no shifts", {"shift": 0}), ("crops for shifts", {"shift": 0, "crop_scale": 0.6}))
+    kinds = ("soft", "hard", "views")
+    return [Variant(name, "recipe", training=training, labels=kinds, towards="digits") for name, training in lines]
+
+
 ABLATIONS = (
     Variant("base", "", labels=("soft", "hard", "views")),
     # targets
@@ -155,6 +162,7 @@ ABLATIONS = (
     # teachers
     Variant("with a plain network", "teachers", teachers=("convnet3",)),
     Variant("three teachers in turn", "teachers", {"teacher_plan": "in_turn"}, teachers=("convnet3", "resnet8")),
-    # towards the recipe
+    # towards the recipes
+    *_towards_digits(),
     *_towards_cifar10(),
 )

@@ -219,6 +219,7 @@ LADDER = (
     ("synthetic", "recipe", "soft"),
     ("synthetic", "recipe", "hard"),
     ("synthetic", "global", "soft"),
+    ("noise", None, "views"),
     ("noise", None, "soft"),
     ("noise", None, "hard"),
     ("real", None, "views"),

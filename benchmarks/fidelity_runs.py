@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from bnfuse.batches import even_batches
 from bnfuse.checkpoints import read_facts
-from bnfuse.datasets import ArrayDataset, class_counts, load_dataset
+from bnfuse.datasets import ArrayDataset, load_dataset
 from bnfuse.demo import noise_like
 from bnfuse.errors import InputError
 from bnfuse.files import write_atomically
@@ -36,7 +36,7 @@ from bnfuse.plans import SynthesisConfig
 from bnfuse.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from bnfuse.relabelling import RelabelConfig, relabel
 from bnfuse.statistics import ClassStatistics, record
-from bnfuse.store import ImageRecord, Store
+from bnfuse.store import write_store
 from bnfuse.synthesis import synthesize
 from bnfuse.training import TrainConfig, train
 
@@ -204,7 +204,7 @@ class Workshop:
 
     def _labelled_views(self, images: ArrayDataset, config: TrainConfig, folder: Path) -> tuple[ArrayDataset, dict]:
         """The images as a store, and the teacher's logits of views of them: the student's crops and flips."""
-        write_store(images, folder)
+        write_store(images.images.permute(0, 3, 1, 2), images.labels, images.class_names, folder)
         augmentation = {name: getattr(config, name) for name in ("crop_scale", "flip", "mixup", "cutmix", "batch_size")}
         asked = RelabelConfig(views=min(config.epochs, VIEWS), seed=config.seed, **augmentation)
         relabel(folder, self.teacher, asked, device=self.device, progress=False)
@@ -271,16 +271,6 @@ def drawn(labels: Tensor, count: int, seed: int) -> Tensor:
     if fewest < count:
         raise InputError(f"{count} images of each class are asked for, and one has {fewest}: ask for fewer")
     return torch.cat([rows[:count] for rows in of_class]).sort().values
-
-
-def write_store(images: ArrayDataset, folder: Path) -> None:
-    """The images as a dataset of bnfuse's own, in their order, which `relabel` takes."""
-    counts = class_counts(images).tolist()
-    place = [int((images.labels[:i] == label).sum()) for i, label in enumerate(images.labels)]
-    records = [ImageRecord(int(label), index, seed=0, losses={}) for label, index in zip(images.labels, place)]
-    with Store.open(folder, card={}, class_names=images.class_names, counts=counts) as store:
-        store.commit(0, images.images.permute(0, 3, 1, 2), records)
-        store.finish()
 
 
 def _load(spec: str) -> ArrayDataset:

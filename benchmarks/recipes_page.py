@@ -1,8 +1,8 @@
-"""docs/recipes.md: each recipe's settings, and beside them what has been measured with it. Measures nothing.
+"""docs/recipes.md: each recipe's settings, and beside them what has been measured with it; README's table. Measures nothing.
 
     python benchmarks/recipes_page.py
 
-writes the page once more, from `bnfuse/recipes.py` and benchmarks/results.
+writes them once more, from `bnfuse/recipes.py` and benchmarks/results.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from results_file import RESULTS
 from bnfuse.configs import flags
 from bnfuse.recipes import RECIPES, settings
 
-PAGE = ROOT / "docs/recipes.md"
+PAGE, README = ROOT / "docs/recipes.md", ROOT / "README.md"
 
 # What recipes.py measures, in the words of the page.
 STUDENTS = {
     "real_hard": "as many real images, hard labels",
+    "synthetic_views": "synthetic images, soft labels of each view",
     "synthetic_soft": "synthetic images, soft labels",
     "synthetic_hard": "synthetic images, hard labels",
     "noise_hard": "noise, hard labels",
 }
 DEMO = {
     "real_student_accuracy": "the private digits",
-    "synthetic_student_accuracy": "synthetic digits",
-    "noise_student_accuracy": "noise",
+    "synthetic_student_accuracy": "synthetic digits, soft labels of each view",
+    "synthetic_hard_student_accuracy": "synthetic digits, hard labels",
+    "noise_student_accuracy": "noise, soft labels of each view",
+    "noise_hard_student_accuracy": "noise, hard labels",
 }
 
 
@@ -39,6 +42,8 @@ def write_page() -> None:
     """Every recipe's block of the page, from the table and the results that are there."""
     for name in RECIPES:
         write_block(PAGE, name, "\n\n".join([*described(name), *measured(name)]))
+    if (result := _result("recipe_imagenet")) is not None:
+        write_block(README, "imagenet", "\n\n".join(_of_recipe("imagenet", result, "")))
 
 
 def described(name: str) -> list[str]:
@@ -87,20 +92,23 @@ def measured(name: str) -> list[str]:
     return parts
 
 
-def _of_recipe(name: str, result: dict) -> list[str]:
+def _of_recipe(name: str, result: dict, to_root: str = "../") -> list[str]:
     percent = result["percent"]
     rows = [[text, f"{percent[key]:.1f} %"] for key, text in STUDENTS.items() if key in percent]
     tables = [markdown([["a student trained on", "accuracy on real images"], *rows])] if rows else []
+    teacher, judge, of_real = (percent[key] for key in ("recognised_by_teacher", "recognised_by_judge", "judge"))
     recognised = (
-        f"The teacher takes {percent['recognised_by_teacher']:.0f} % of the images for what was asked of them. "
+        f"The teacher takes {teacher:.0f} % of the images for what was asked of them; a ResNet-20 that learnt the private "
+        f"images at 64×64, and had no part in making these, {judge:.1f} %. Of real images that it has not seen it knows "
+        f"{of_real:.1f} %. "
         f"torch {result['torch']}, {result['date']}; `{result['command']}` "
-        f"([result](../benchmarks/results/recipe_{name}.json))."
+        f"([result]({to_root}benchmarks/results/recipe_{name}.json))."
     )
     return [*tables, recognised]
 
 
 def _of_demo(demo: dict) -> list[str]:
-    rows = [[text, f"{demo[key]:.1%}".replace("%", " %")] for key, text in DEMO.items()]
+    rows = [[text, f"{demo[key]:.1%}".replace("%", " %")] for key, text in DEMO.items() if key in demo]
     return [
         markdown([["a student trained on", "accuracy on real digits"], *rows]),
         f"{demo['images']:,} synthetic images, made in {demo['synthesis_seconds']:.0f} s. torch {demo['torch']}, "

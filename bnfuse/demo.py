@@ -1,8 +1,9 @@
 """`bnfuse demo`: the whole flow on real handwritten digits, in a few minutes on two cores, with nothing to download.
 
-A teacher learns scikit-learn's digits, their statistics are recorded, images are synthesised from noise; then three students
-learn from scratch in the same way, on the real images, on the synthetic ones, and (the control) on noise with the same
-labels, and all are tested on real digits that none has seen. Last, the synthetic images are audited.
+A teacher learns scikit-learn's digits, their statistics are recorded, images are synthesised from noise, and the teacher labels
+views of them; then students learn from scratch in the same way, on the real images, on the synthetic ones with these labels and
+without, and (the controls) on noise with the same two kinds of labels, and all are tested on real digits that none has seen.
+Last, the synthetic images are audited.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from .audit.running import RECORD, audit, command_line
 from .audit.summary import verdict_lines
 from .datasets import ArrayDataset, ImageDataset, load_dataset
 from .files import write_atomically
+from .labels import Labels
 from .manifest import is_store
 from .models import load_teacher
 from .pictures import grid, save
 from .recipes import recipe
+from .relabelling import relabel
 from .statistics import record
+from .store import write_store
 from .synthesis import synthesize
 from .training import TrainConfig, train
 
@@ -35,7 +39,8 @@ from .training import TrainConfig, train
 THREADS = 1
 
 TEACHER = TrainConfig(model="resnet20", epochs=30, batch_size=64, lr=0.01, shift=1)
-SYNTHESIS, STUDENT = recipe("digits").synthesis_config(), recipe("digits").train_config()
+RECIPE = recipe("digits")
+SYNTHESIS, VIEWS, STUDENT = RECIPE.synthesis_config(), RECIPE.relabel_config(), RECIPE.train_config()
 
 
 def run_demo(out: str | Path = "runs/demo", *, seed: int = 0) -> dict:
@@ -43,25 +48,25 @@ def run_demo(out: str | Path = "runs/demo", *, seed: int = 0) -> dict:
 
     Returns
     -------
-    The content of summary.json: teacher_accuracy, real_student_accuracy, synthetic_student_accuracy, noise_student_accuracy
-    (each a fraction of the held-out digits), images, synthesis_seconds, audit (measure → verdict), audit_seconds, seconds, and
-    date, threads and versions
+    The content of summary.json: teacher_accuracy, real_student_accuracy, synthetic_student_accuracy,
+    synthetic_hard_student_accuracy, noise_student_accuracy, noise_hard_student_accuracy (each a fraction of the held-out
+    digits), images, synthesis_seconds, audit (measure → verdict), audit_seconds, seconds, and date, threads and versions
     """
     torch.set_num_threads(THREADS)
     out, started = Path(out), time.monotonic()
     private, heldout = load_dataset("digits:train"), load_dataset("digits:test")
-    if is_store(out / "synthetic"):
-        shutil.rmtree(out / "synthetic")
+    for earlier in filter(is_store, (out / "synthetic", out / "noise")):
+        shutil.rmtree(earlier)
     if (out / "audit" / RECORD).is_file():
         shutil.rmtree(out / "audit")
     summary = {}
 
-    _say(f"1/6 a teacher learns {len(private)} private digits")
+    _say(f"1/7 a teacher learns {len(private)} private digits")
     result = train(private, _seeded(TEACHER, seed), test=heldout, out=out / "teacher")
     summary["teacher_accuracy"] = result.accuracy
     teacher = load_teacher(out / "teacher" / "model.safetensors")
 
-    _say("2/6 the statistics of each class are recorded")
+    _say("2/7 the statistics of each class are recorded")
     statistics = record(
         teacher,
         DataLoader(private, batch_size=256),
@@ -72,28 +77,40 @@ def run_demo(out: str | Path = "runs/demo", *, seed: int = 0) -> dict:
     statistics.save(out / "statistics.safetensors")
 
     _say(
-        f"3/6 {SYNTHESIS.images_per_class * private.num_classes} images are synthesised from noise; watch them form in "
+        f"3/7 {SYNTHESIS.images_per_class * private.num_classes} images are synthesised from noise; watch them form in "
         f"{out / 'synthetic' / 'contact_sheet.png'}"
     )
     made = synthesize(teacher, statistics, out / "synthetic", _seeded(SYNTHESIS, seed))
     synthetic = load_dataset(str(out / "synthetic"))
     summary["images"], summary["synthesis_seconds"] = made.images, made.seconds
 
-    _say("4/6 students learn from scratch: on real digits, on synthetic ones, on noise")
-    for name, data in {"real": private, "synthetic": synthetic, "noise": noise_like(synthetic, seed)}.items():
+    _say("4/7 the teacher labels views of them, and of noise")
+    noise = noise_like(synthetic, seed)
+    write_store(noise.images.permute(0, 3, 1, 2), noise.labels, noise.class_names, out / "noise")
+    labels = {name: Labels(relabel(out / name, teacher, _seeded(VIEWS, seed)).out) for name in ("synthetic", "noise")}
+
+    _say("5/7 students learn from scratch: on real digits, on synthetic ones, on noise")
+    for name, data, learnt in (
+        ("real", private, None),
+        ("synthetic", synthetic, labels["synthetic"]),
+        ("synthetic_hard", synthetic, None),
+        ("noise", noise, labels["noise"]),
+        ("noise_hard", noise, None),
+    ):
         student = train(
             data,
             _seeded(STUDENT, seed + 1),
             test=heldout,
+            labels=learnt,
             preprocessing=teacher.preprocessing,
             out=out / f"{name}_student",
         )
         summary[f"{name}_student_accuracy"] = student.accuracy
 
-    _say("5/6 a picture: real digits beside synthetic ones")
+    _say("6/7 a picture: real digits beside synthetic ones")
     save(real_and_synthetic(private, synthetic), out / "contact_sheet.png")
 
-    _say("6/6 the audit: what the synthetic digits give away of the private ones")
+    _say("7/7 the audit: what the synthetic digits give away of the private ones")
     audited = audit(
         private,
         synthetic,
@@ -158,8 +175,10 @@ def _table(summary: dict, tested: int) -> str:
     rows = [
         ("the teacher, on the private digits", "teacher"),
         ("a student, on the private digits", "real_student"),
-        (f"a student, on {summary['images']} synthetic images", "synthetic_student"),
-        ("a student, on noise (the control)", "noise_student"),
+        (f"a student, on {summary['images']} synthetic images that the teacher labelled", "synthetic_student"),
+        ("a student, on them with the classes that they were made for", "synthetic_hard_student"),
+        ("a student, on noise that the teacher labelled (a control)", "noise_student"),
+        ("a student, on noise with the same classes (the other control)", "noise_hard_student"),
     ]
     lines = [f"\nAccuracy on {tested} real digits that none of them has seen ({summary['seconds']:.0f} s in all)"]
-    return "\n".join(lines + [f"  {name:40s} {summary[key + '_accuracy']:6.1%}" for name, key in rows]) + "\n"
+    return "\n".join(lines + [f"  {name:64s} {summary[key + '_accuracy']:6.1%}" for name, key in rows]) + "\n"

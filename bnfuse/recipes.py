@@ -72,6 +72,7 @@ class Recipe:
         return TrainConfig(**{**self.training, **changes, "recipe": self.name})
 
 
+_AS_PHOTOGRAPHS = {"noise_exponent": 1.0, "step_exponent": 1.0, "chroma_scale": 0.3}  # of noise and steps, see `spectrum`
 _STUDENT = {"epochs": 150, "batch_size": 32, "lr": 0.003, "shift": 0, "flip": True, "crop_scale": 0.2}
 
 RECIPES: dict[str, Recipe] = {
@@ -81,8 +82,18 @@ RECIPES: dict[str, Recipe] = {
             "digits",
             "grey images of 8×8 pixels: the demo's handwritten digits",
             {"images_per_class": 100, "batch_size": 100, "iterations": 300, "first_site_weight": 10.0},
-            {"model": "resnet20", "epochs": 30, "batch_size": 64, "lr": 0.01, "shift": 1, "label_smoothing": 0.1},
+            {
+                "model": "resnet20",
+                "epochs": 30,
+                "batch_size": 64,
+                "lr": 0.01,
+                "shift": 0,
+                "flip": False,
+                "crop_scale": 0.6,
+                "label_smoothing": 0.1,
+            },
             soft_labels=False,
+            views=30,
         ),
         Recipe(
             "cifar10",
@@ -98,9 +109,7 @@ RECIPES: dict[str, Recipe] = {
                 "tv_weight": 1.0,
                 "jitter": 2,
                 "flip": True,
-                "noise_exponent": 1.0,
-                "step_exponent": 1.0,
-                "chroma_scale": 0.3,
+                **_AS_PHOTOGRAPHS,
                 "teacher_plan": "in_turn",
             },
             {"model": "resnet20", **_STUDENT},
@@ -114,8 +123,8 @@ RECIPES: dict[str, Recipe] = {
             "photographs of 224×224 pixels: ten classes of ImageNet, a MobileNetV1 ×0.25 as teacher; the student is a "
             "ResNet-20 that sees them at 64×64 (`--image-size 64`)",
             {
-                "images_per_class": 4,
-                "batch_size": 4,
+                "images_per_class": 20,
+                "batch_size": 20,
                 "iterations": 200,
                 "lr": 0.2,
                 "bn_weight": 0.01,
@@ -123,9 +132,11 @@ RECIPES: dict[str, Recipe] = {
                 "tv_weight": 0.1,
                 "jitter": 32,
                 "flip": True,
+                **_AS_PHOTOGRAPHS,
             },
-            {"model": "resnet20", **_STUDENT, "epochs": 600, "batch_size": 20},
+            {"model": "resnet20", **_STUDENT, "batch_size": 20},
             soft_labels=True,
+            views=100,
         ),
     )
 }

@@ -415,6 +415,23 @@ class Store:
                 path.unlink()
 
 
+def write_store(images: Tensor, labels: Tensor, class_names: Sequence[str], root: str | Path) -> None:
+    """Finished images as a dataset of their own, in their order, so that a teacher can label them as synthetic ones.
+
+    Parameters
+    ----------
+    images : uint8 [N, C, H, W]
+    labels : int64 [N]
+    root : its folder, which is made
+    """
+    counts = torch.bincount(labels, minlength=len(class_names)).tolist()
+    places = [int((labels[:i] == label).sum()) for i, label in enumerate(labels)]
+    records = [ImageRecord(int(label), place, seed=0, losses={}) for label, place in zip(labels, places)]
+    with Store.open(root, card={}, class_names=class_names, counts=counts) as store:
+        store.commit(0, images, records)
+        store.finish()
+
+
 def make_entry(
     unit: int,
     unit_size: int,

@@ -19,6 +19,7 @@ def short(monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr(demo, "TEACHER", dataclasses.replace(demo.TEACHER, model="resnet8", epochs=4))
     monkeypatch.setattr(demo, "STUDENT", dataclasses.replace(demo.STUDENT, model="resnet8", epochs=1))
+    monkeypatch.setattr(demo, "VIEWS", dataclasses.replace(demo.VIEWS, views=2))
     monkeypatch.setattr(demo, "SYNTHESIS", dataclasses.replace(demo.SYNTHESIS, images_per_class=10, iterations=3))
     measure = audit_measures.module(
         "tiny", lambda context, config: audit_measures.finding(context, "tiny"), needs={"statistics"}
@@ -33,7 +34,8 @@ def test_it_leaves_what_it_promises_twice_in_a_row(short, tmp_path, capsys):
         summary = demo.run_demo(tmp_path / "demo")
         written = json.loads((tmp_path / "demo" / "summary.json").read_text())
         assert written == summary
-        accuracies = [f"{who}_accuracy" for who in ("teacher", "real_student", "synthetic_student", "noise_student")]
+        students = ("real_student", "synthetic_student", "synthetic_hard_student", "noise_student", "noise_hard_student")
+        accuracies = [f"{who}_accuracy" for who in ("teacher", *students)]
         assert set(written) >= {*accuracies, "images", "seconds"} and written["images"] == 100
         assert all(0 <= written[name] <= 1 for name in accuracies)
         with Image.open(tmp_path / "demo" / "contact_sheet.png") as picture:

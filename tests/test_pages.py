@@ -102,9 +102,12 @@ def test_the_recipes_are_what_their_table_says(monkeypatch, tmp_path):
     """Settings and figures that are kept; of a recipe without figures, the settings alone."""
     page = tmp_path / "recipes.md"
     page.write_text(before := recipes_page.PAGE.read_text())
+    readme = tmp_path / "README.md"
+    readme.write_text(readme_before := recipes_page.README.read_text())
     monkeypatch.setattr(recipes_page, "PAGE", page)
+    monkeypatch.setattr(recipes_page, "README", readme)
     recipes_page.write_page()
-    assert page.read_text() == before, "run `python benchmarks/recipes_page.py`"
+    assert (page.read_text(), readme.read_text()) == (before, readme_before), "run `python benchmarks/recipes_page.py`"
     assert all(f"| {text} | " in before for text in (*recipes_page.STUDENTS.values(), *recipes_page.DEMO.values()))
     monkeypatch.setattr(recipes_page, "RESULTS", tmp_path)
     monkeypatch.setattr(fidelity_cases, "KEPT", tmp_path)

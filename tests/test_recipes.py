@@ -1,6 +1,7 @@
 """The recipes that ship: both configs are what the table says; the command line takes them, and flags that stand on it win."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -30,15 +31,16 @@ def test_recipes_are_two_configs_and_changes_win():
             views = each.relabel_config(views=7)
             shared = ("batch_size", "crop_scale", "flip", "mixup", "cutmix")  # or the student would see other views
             assert views.views == 7 and all(getattr(views, field) == getattr(training, field) for field in shared)
-    assert [recipe(name).labels for name in RECIPES] == ["hard", "relabel", "soft"]
-    with pytest.raises(InputError, match="recipe imagenet learn soft labels: it has nothing to relabel"):
-        recipe("imagenet").relabel_config()
+    assert [recipe(name).labels for name in RECIPES] == ["relabel", "relabel", "relabel"]
+    with pytest.raises(InputError, match="recipe plain learn hard labels: it has nothing to relabel"):
+        replace(recipe("digits"), name="plain", views=0).relabel_config()
     with pytest.raises(InputError, match="no recipe is called 'mnist'; choose one of digits, cifar10, imagenet"):
         recipe("mnist")
 
 
 def test_the_demo_runs_a_recipe():
     assert demo.SYNTHESIS == recipe("digits").synthesis_config() and demo.STUDENT == recipe("digits").train_config()
+    assert demo.VIEWS == recipe("digits").relabel_config()
 
 
 @pytest.mark.parametrize("command", ("synthesize", "relabel", "train"))
@@ -47,12 +49,11 @@ def test_settings_are_what_the_command_line_takes(command, capsys):
         run(f"{command} --list-recipes")
     assert ended.value.code == 0 and capsys.readouterr().out == listing() + "\n"
     said = settings("cifar10")
-    assert list(said) == ["synthesize", "relabel", "train"] and list(settings("imagenet")) == ["synthesize", "train"]
+    assert list(said) == ["synthesize", "relabel", "train"]
     assert "--low-resolution-iterations 200" in said["synthesize"]
     assert said["synthesize"].endswith("--teacher-plan in_turn --soft-labels")
     assert said["relabel"] == "--views 100 --batch-size 32 --crop-scale 0.2 --flip"
     assert "--crop-scale 0.2" in said["train"] and said["train"].endswith("--labels relabel")
-    assert settings("imagenet")["train"].endswith("--labels soft") and "--labels" not in settings("digits")["train"]
 
 
 def test_the_flow_by_a_recipe(tmp_path, monkeypatch, capsys):
@@ -77,9 +78,9 @@ def test_the_flow_by_a_recipe(tmp_path, monkeypatch, capsys):
     assert "labels of 40 views" in said and "--labels relabel --recipe cifar10`" in said and run(student) == 0
     assert TrainConfig(**trained()) == recipe("cifar10").train_config(epochs=2, model="resnet8")
     assert run(f"{student} --labels soft") == 0 and run(f"{student} --labels hard") == 0
-    assert run("train --recipe imagenet --data digits --out student --epochs 1 --model resnet8") == 2
+    assert run("train --recipe imagenet --labels soft --data digits --out student --epochs 1 --model resnet8") == 2
     assert "has no soft labels" in capsys.readouterr().err
-    assert run("train --recipe digits --data digits --out student --epochs 1 --model resnet8") == 0
+    assert run("train --recipe digits --labels hard --data digits --out student --epochs 1 --model resnet8") == 0
     assert trained()["label_smoothing"] == 0.1
 
     assert run(f"{flow} --recipe digits --preset cda --out other") == 2

@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision_shim import import_torchvision
 
+from bnfuse.datasets import load_dataset
 from bnfuse.errors import InputError
 from bnfuse.manifest import class_folder, read_store, verify
-from bnfuse.store import ImageRecord, Store
+from bnfuse.store import ImageRecord, Store, write_store
 
 NAMES = ["cat", "../dog", "a/b"]
 CARD = {"config": {"lr": 0.1, "losses": {"bn": "l2"}, "size": [4, 6]}, "teacher": {"sha256": "ab"}}
@@ -851,3 +852,12 @@ def die_at(step: int) -> None:
 
 if __name__ == "__main__":
     print(json.dumps(nursery(Path(sys.argv[1]))))
+
+
+def test_images_become_a_store_in_their_order(tmp_path):
+    images = torch.randint(0, 256, (7, 3, 5, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([1, 0, 1, 1, 0, 2, 1])
+    write_store(images, labels, ["a", "b", "c"], tmp_path / "store")
+    found = load_dataset(str(tmp_path / "store")).in_memory()
+    assert found.images.permute(0, 3, 1, 2).equal(images) and found.labels.equal(labels)
+    assert read_store(tmp_path / "store").complete and verify(tmp_path / "store") == []
