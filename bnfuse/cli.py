@@ -357,7 +357,12 @@ def _synthesize(args) -> None:
     if judge is not None:
         share = recognised(teacher, statistics, result.out, config, micro_batch=args.micro_batch, judge=judge)
         print(f"the judge ({judge.architecture}) takes {share:.1%} of them for it")
-    print(f"look at {result.out / 'contact_sheet.png'}; train on it with `bnfuse train --data {as_spec(result.out)}`")
+    spec, then = as_spec(result.out), ""
+    if config.recipe is not None:
+        then = f" --recipe {config.recipe}"
+        if recipe(config.recipe).views:
+            print(f"the recipe's student learns labels of views: `bnfuse relabel {result.out}{then} --teacher …`")
+    print(f"look at {result.out / 'contact_sheet.png'}; train on it with `bnfuse train --data {spec}{then}`")
 
 
 def _synthesis_config(given: dict[str, object]) -> SynthesisConfig:

@@ -68,6 +68,8 @@ def test_the_flow_by_a_recipe(tmp_path, monkeypatch, capsys):
         config = SynthesisConfig.from_card(read_card(tmp_path / "made" / name))
         changes = dict(images_per_class=2, iterations=2, low_resolution_iterations=0, chroma_scale=1.0)
         assert config == recipe(name).synthesis_config(**changes)
+        said = capsys.readouterr().out
+        assert f"`bnfuse relabel made/{name} --recipe {name}" in said and f"train --data made/{name} --recipe {name}`" in said
     assert run(f"{flow} --recipe cifar10 --out made/grey") == 2 and "make it 1" in capsys.readouterr().err
 
     trained = lambda: json.loads((tmp_path / "student" / "metrics.json").read_text())["config"]
