@@ -97,8 +97,9 @@ class MovingAverage(nn.Module):
 
     def _fit(self, mean: Tensor) -> None:
         if not self.mean.numel():
-            blank = torch.zeros_like(mean, requires_grad=False, memory_format=torch.contiguous_format)
-            self.mean, self.var, self.begun = blank, blank.clone(), self.begun.to(mean.device)
+            with torch.inference_mode(False):  # or it could not be gone on with outside of that mode
+                blank = torch.zeros(mean.shape, dtype=mean.dtype, device=mean.device)
+                self.mean, self.var, self.begun = blank, blank.clone(), self.begun.to(mean.device)
         elif self.mean.shape != mean.shape or self.mean.dtype != mean.dtype:
             raise InputError(
                 f"a moving average of {self.mean.dtype} moments {list(self.mean.shape)} was given {mean.dtype} "

@@ -115,7 +115,8 @@ def _load_npz(
     name = f"{path.name}:{split}" if split else path.name
     class_names = None
     if "class_names" in arrays:
-        class_names = [str(class_name) for class_name in arrays["class_names"].reshape(-1)]
+        said = arrays["class_names"].reshape(-1).tolist()
+        class_names = [name.decode() if isinstance(name, bytes) else str(name) for name in said]
     if not split and "images" in arrays:
         require(arrays, ("labels",), path)
         dataset = ArrayDataset(arrays["images"], arrays["labels"], class_names, name=name)

@@ -285,6 +285,13 @@ class FrozenConvolution(nn.Module):
         super().__init__()
         self.convolution = convolution
 
+    def __getattr__(self, name: str):
+        """The layer's own, which networks ask for, such as ``conv1.weight.dtype``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("convolution"), name)
+
     def forward(self, x: Tensor) -> Tensor:
         conv = self.convolution
         weight, bias = conv.weight, conv.bias
@@ -318,11 +325,21 @@ def _freeze_convolutions(body: nn.Module, memory_format: torch.memory_format) ->
         return
     frozen: dict[nn.Module, FrozenConvolution] = {}
     for name, module in list(body.named_modules(remove_duplicate=False)):
-        plain = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        if plain and module.padding_mode == "zeros" and not isinstance(module.padding, str) and not module._forward_hooks:
+        if _is_plain_convolution(module):
             if module not in frozen:
                 frozen[module] = FrozenConvolution(_in_layout(module, memory_format))
             body.set_submodule(name, frozen[module])
+
+
+def _is_plain_convolution(module: nn.Module) -> bool:
+    """Whether the layer is its weight and bias and nothing else, such as a hook that makes the weight anew for each pass."""
+    return (
+        type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and {"weight", "bias"} <= module._parameters.keys()
+    )
 
 
 def _in_layout(convolution: nn.Module, memory_format: torch.memory_format) -> nn.Module:

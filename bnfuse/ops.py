@@ -573,7 +573,7 @@ def _match_layout(tensor: Tensor, x: Tensor) -> Tensor:
 def check_group_starts(group_starts: Tensor | None, x: Tensor) -> Tensor:
     """The groups of x's samples, int64 [G + 1] on x's device; one group where none are given. InputError if they do not fit."""
     if group_starts is None:
-        return _one_group(x.shape[0], x.device)
+        return _one_group(x)
     if group_starts.dtype != torch.int64 or group_starts.dim() != 1 or len(group_starts) < 2:
         raise InputError(
             f"group_starts must be int64 [G + 1] with at least one group, got {group_starts.dtype} {list(group_starts.shape)}"
@@ -588,15 +588,16 @@ def check_group_starts(group_starts: Tensor | None, x: Tensor) -> Tensor:
     return group_starts.contiguous()
 
 
-def _one_group(samples: int, device: torch.device) -> Tensor:
-    if torch.compiler.is_compiling():
-        return torch.tensor([0, samples], device=device)
-    return _cached_one_group(samples, device)
+def _one_group(x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or _is_fake(x):
+        return torch.tensor([0, x.shape[0]], device=x.device)
+    return _cached_one_group(x.shape[0], x.device)
 
 
 @functools.lru_cache(maxsize=64)
 def _cached_one_group(samples: int, device: torch.device) -> Tensor:
-    return torch.tensor([0, samples], device=device)
+    with torch.inference_mode(False):  # or no later pass could keep it for backward
+        return torch.tensor([0, samples], device=device)
 
 
 def _is_fake(tensor: Tensor) -> bool:

@@ -485,15 +485,15 @@ def _evaluate(model: nn.Module, source: Source, batch_size: int) -> Evaluation:
 
 
 def _check_same_classes(dataset, test) -> None:
-    """As many classes; and where the names are the same, in the same order, since labels are positions in it."""
+    """As many classes; and where names are the same, at the same places, since labels are positions."""
     if test.num_classes != dataset.num_classes:
         raise InputError(
             f"{dataset.name} has {dataset.num_classes} classes and the test dataset {test.name} {test.num_classes}; "
             "a network is tested on the classes it was trained on"
         )
     ours, theirs = list(dataset.class_names or []), list(test.class_names or [])
-    if ours != theirs and sorted(ours) == sorted(theirs):
-        raise InputError(f"{test.name} has the classes of {dataset.name} in another order: {theirs[:5]}, {ours[:5]}")
+    if any(name in ours and ours.index(name) != k and theirs.count(name) == 1 for k, name in enumerate(theirs)):
+        raise InputError(f"{test.name} has classes of {dataset.name} at other places: {theirs[:5]}, {ours[:5]}")
 
 
 def _write(out: Path, result: TrainResult, config: TrainConfig, dataset, test) -> None:

@@ -248,6 +248,37 @@ def test_the_moments_of_a_class_are_the_means_of_its_images(digits, teacher, sta
     assert torch.allclose(means, classes, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("rules", [("bn", "pixels"), ("name=layer1.*.bn1",)])
+def test_statistics_of_other_sites_are_traced_at_these(make_context, digits, teacher, rules):
+    """And of a teacher whose outputs are others than the classes."""
+    private = DataLoader(digits[0], batch_size=256)
+    statistics = bnfuse.record(teacher.model, private, 10, sites=rules, preprocessing=teacher.preprocessing)
+    moments = tracing.image_moments(teacher, digits[0], torch.device("cpu"), rules)
+    rows, classes = moments.about(moments.mean.mean(0)), tracing._class_moments(statistics).about(moments.mean.mean(0))
+    means = torch.stack([rows[moments.labels == k].mean(0) for k in range(10)])
+    assert torch.allclose(means, classes, rtol=1e-5, atol=1e-7)
+    few = dataclasses.replace(tracing.BUDGETS["quick"], images=300)
+    wider = dataclasses.replace(teacher, num_classes=11)
+    assert len(tracing.run(make_context(teacher=wider, statistics=statistics), few).rows) == 3
+
+
+def test_classes_of_the_same_name_at_other_places_are_refused(make_context, digits):
+    """Unless all are the same: then they are brought to the private dataset's order."""
+    named = lambda names: ArrayDataset(digits[1].images, digits[1].labels, names)
+    turned = make_context(heldout=named(list("1203456789"))).heldout
+    assert turned.class_names == digits[0].class_names and not turned.labels.equal(digits[1].labels)
+    make_context(heldout=named(list("abcdefghij")))
+    with pytest.raises(InputError, match="class 0 of the held-out dataset .* is '1', which is class 1 of the private dataset"):
+        make_context(heldout=named(["1", "zebra", *"23456789"]))
+
+
+def test_one_class_has_no_membership_to_be_told(make_context, digits):
+    ones = [data.subset((data.labels == 1).nonzero().flatten()) for data in digits]
+    ones = [ArrayDataset(data.images, torch.zeros(len(data), dtype=torch.int64), ["1"]) for data in ones]
+    with pytest.raises(InputError, match="and there is one class: expected two or more"):
+        membership.run(make_context(ones[0], synthetic=ones[0], heldout=ones[1]), membership.BUDGETS["quick"])
+
+
 def test_whitening_is_by_the_shrunk_covariance():
     rng = torch.Generator().manual_seed(0)
     draw = lambda n: torch.randn(n, 6, generator=rng).double() @ torch.randn(6, 6, generator=rng).double()

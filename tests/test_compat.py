@@ -636,6 +636,9 @@ def test_zeroq_finds_each_samples_mean_and_std(dtype):
     handle.remove()
     hook.clear()
     assert hook.outputs is None
+    for shape in ((3, 4), (3, 4, 1, 1)):
+        with pytest.raises(InputError, match=r"over positions needs two of them at least, got \[3, 4"):
+            zeroq.mean_and_std(images(*shape, dtype=dtype))
 
 
 def test_hooks_can_be_derived_from():

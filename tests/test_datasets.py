@@ -307,6 +307,8 @@ class TestNpz:
         assert dataset.image_shape == (1, 4, 6) and dataset.class_names == ["0", "1"] and dataset.name == "set.npz"
         spec = self.save(tmp_path, images=images, labels=[1, 0, 1], class_names=["cat", "dog", "cow"])
         assert load_dataset(spec).class_names == ["cat", "dog", "cow"]
+        as_bytes = self.save(tmp_path, images=images, labels=[1, 0, 1], class_names=np.array([b"cat", b"dog", b"cow"]))
+        assert load_dataset(as_bytes).class_names == ["cat", "dog", "cow"]
         assert load_dataset(spec, classes=["dog"], image_size=(2, 2)).image_shape == (1, 2, 2)
 
     def test_encoded(self, tmp_path):

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from networks import Chains, Shared, Untraceable, Viewing, settle
 from real_data import real_data
 from torch import nn
+from torch.nn.utils import prune
 from torchvision_shim import import_torchvision
 
 from bnfuse import InputError, fuse
 from bnfuse.fusion import FrozenConvolution, FusedBatchNorm
-from bnfuse.models import batchnorm_layers, build_model, load_teacher
+from bnfuse.models import batchnorm_layers, build_model, freeze, load_teacher
 from bnfuse.preprocessing import Preprocessing
 
 BACKENDS = ("reference", "cpp")
@@ -360,6 +361,54 @@ def test_a_frozen_convolution_keeps_its_weight_alone():
     frozen = FrozenConvolution(conv)
     assert kept_bytes(lambda: frozen(x)) == conv.weight.numel() * 4
     assert kept_bytes(lambda: conv(x)) > x.numel() * 4
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("kind", ["spectral_norm", "weight_norm", "prune", "hook"])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_a_convolution_whose_weight_is_made_for_each_pass_runs_as_it_is(kind, memory_format):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    conv = model[0]
+    if kind == "prune":
+        prune.l1_unstructured(conv, "weight", 0.5)
+    elif kind == "hook":
+        conv.register_forward_pre_hook(lambda _layer, inputs: (inputs[0] * 2,))
+    else:
+        getattr(nn.utils, kind)(conv)
+    freeze(model)
+    with torch.no_grad():
+        (conv.weight_orig if kind in ("spectral_norm", "prune") else next(conv.parameters())).mul_(1.5)  # as loaded later
+    x = torch.randn(5, 3, 6, 6)
+    logits, _ = fuse(model, memory_format=memory_format)(x)
+    torch.testing.assert_close(logits, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_may_ask_its_convolutions_for_what_they_hold():
+    """As CLIP's ResNets ask for the dtype of a weight."""
+
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.bn(self.conv(x.type(self.conv.weight.dtype))).mean((2, 3))
+
+    model, x = settle(Asking()), torch.randn(2, 3, 5, 5)
+    for trace in (True, False):
+        torch.testing.assert_close(fuse(model, trace=trace)(x)[0], model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_pass_in_inference_mode_leaves_nothing_behind():
+    model, x = settle(Chains()), torch.randn(7, 3, 8, 8)  # a batch of a size of its own: what is kept is kept by size
+    fused = fuse(model)
+    with torch.inference_mode():
+        fused(x)
+    x.requires_grad_()
+    logits, moments = fused(x)
+    (logits.sum() + sum(mean.sum() for mean, _ in moments.values())).backward()
+    assert x.grad.isfinite().all()
 
 
 def test_a_frozen_convolution_that_is_unfrozen_trains_again():

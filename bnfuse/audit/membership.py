@@ -19,6 +19,7 @@ from matplotlib.figure import Figure as Plot
 from torch import Tensor
 
 from ..datasets import ArrayDataset
+from ..errors import InputError
 from ..plans import SynthesisConfig
 from ..training import TrainConfig, TrainResult
 from .canaries import Canaries, Guesses, epsilon_lower_bound, guess
@@ -136,6 +137,8 @@ _INTERVALS = (
 
 
 def run(context: Context, config: Config) -> Finding:
+    if context.num_classes < 2:
+        raise InputError("membership is told by how well images are classified, and there is one class: expected two or more")
     result = _Result()
     trainings = 3 + 2 + 3 + 3 * bool(config.canaries) + 3 * config.shadows
     with context.progress(TITLE.lower(), trainings, "network") as bar:

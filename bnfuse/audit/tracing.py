@@ -8,6 +8,7 @@ class's, both from the mean of other images of the class and whitened by their c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,8 @@ from torch.utils.data import DataLoader
 from ..batches import Source
 from ..datasets import ArrayDataset, class_counts
 from ..errors import InputError
-from ..fusion import call_name
-from ..models import Teacher, batchnorm_layers
+from ..models import Teacher
+from ..sites import Site, call_name, observe, select
 from ..statistics import ClassStatistics, record
 from .context import ARMS, Context
 from .findings import LEAK, NO_LEAK, Control, Figure, Finding, Row
@@ -70,11 +71,12 @@ def run(context: Context, config: Config) -> Finding:
     _check_classes(private, heldout)
     teacher, device = context.teacher, context.device
     with context.progress(NAME, 3 + 2, "pass") as bar:
-        members, others = (image_moments(teacher, data, device) for data in (private, heldout))
+        rules = context.statistics.rules
+        members, others = (image_moments(teacher, data, device, rules) for data in (private, heldout))
         bar.update(2)
         statistics = {"original": context.statistics}
         for arm in ("synthetic", "noised"):
-            statistics[arm] = _recorded(teacher, context.images(arm))
+            statistics[arm] = _recorded(teacher, context.images(arm), rules)
             bar.update()
         scores = {arm: _trace(context, config, statistics[arm], members, others) for arm in ARMS}
         controls, few, curve = _controls(context, config, private, members, others)
@@ -144,28 +146,24 @@ class ImageMoments:
 
 
 @torch.no_grad()
-def image_moments(teacher: Teacher, data: ArrayDataset, device: torch.device) -> ImageMoments:
-    """The moments of each image at every BatchNorm input of the teacher, in the order of the statistics' sites."""
+def image_moments(teacher: Teacher, data: ArrayDataset, device: torch.device, rules: Sequence[str] = ("bn",)) -> ImageMoments:
+    """The moments of each image at the teacher's sites that the rules name, in the order of the statistics of these sites."""
     sites: dict[str, list[tuple[Tensor, Tensor]]] = {}
     ran: set[str] = set()
 
-    def hook(name: str):
-        def keep(_module, inputs) -> None:
-            key = call_name(name, ran)
-            ran.add(key)
-            x = inputs[0].double().flatten(2) if inputs[0].dim() > 2 else inputs[0].double()[:, :, None]  # [N, C, P]
-            sites.setdefault(key, []).append((x.mean(2).cpu(), x.square().mean(2).cpu()))
+    def keep(site: Site, x: Tensor) -> None:
+        key = call_name(site.name, ran)
+        ran.add(key)
+        x = x.double().flatten(2) if x.dim() > 2 else x.double()[:, :, None]  # [N, C, P]
+        sites.setdefault(key, []).append((x.mean(2).cpu(), x.square().mean(2).cpu()))
 
-        return keep
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in batchnorm_layers(teacher.model).items()]
+    observation = observe(teacher.model, select(teacher.model, rules), keep)
     try:
         for _, images in Source(data, teacher.preprocessing, device).batches(list(torch.arange(len(data)).split(256))):
             ran.clear()
             teacher.model(teacher.preprocessing.normalize(images))
     finally:
-        for handle in handles:
-            handle.remove()
+        observation.remove()
     mean, square = (torch.cat([torch.cat([part[i] for part in parts]) for parts in sites.values()], dim=1) for i in (0, 1))
     return ImageMoments(mean, square, data.labels)
 
@@ -177,8 +175,9 @@ def _class_moments(statistics: ClassStatistics) -> ImageMoments:
     return ImageMoments(mean, var + mean.square(), torch.tensor([*of]))
 
 
-def _recorded(teacher: Teacher, data: ArrayDataset) -> ClassStatistics:
-    return record(teacher, DataLoader(data, batch_size=256), data.num_classes, allow_few_images=True)
+def _recorded(teacher: Teacher, data: ArrayDataset, rules: Sequence[str]) -> ClassStatistics:
+    options = dict(sites=rules, preprocessing=teacher.preprocessing, allow_few_images=True)
+    return record(teacher.model, DataLoader(data, batch_size=256), data.num_classes, **options)
 
 
 # ---- the attack ----
@@ -273,7 +272,7 @@ def _controls(
     curve = {}
     for count in sorted({*(n for n in config.counts if 2 * n < smallest), config.few, max(1, smallest // 2)}):
         chosen = rank < count
-        statistics = _recorded(context.teacher, private.subset(chosen.nonzero().flatten()))
+        statistics = _recorded(context.teacher, private.subset(chosen.nonzero().flatten()), context.statistics.rules)
         found = reference.scores(members, _class_moments(statistics))
         if not chosen.all():
             scores = Scores(found[chosen], found[~chosen])

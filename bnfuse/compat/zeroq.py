@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..errors import InputError
 
 
 class output_hook:  # noqa: N801
@@ -37,4 +38,9 @@ def mean_and_std(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> tupl
     samples = torch.arange(len(x) + 1, device=x.device)
     mean, var = ops.group_moments(x, samples, backend=backend)
     positions = x.numel() // max(1, mean.numel())
+    if positions < 2:
+        raise InputError(
+            f"the unbiased variance over positions needs two of them at least, got {list(x.shape)}: leave out what has no "
+            "positions, such as linear layers"
+        )
     return mean, (var * (positions / (positions - 1)) + eps).sqrt()
