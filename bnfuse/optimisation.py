@@ -353,8 +353,8 @@ class _Watch:
 
     def check_images(self, values: Tensor, team: Team, device: torch.device) -> None:
         """NonFiniteLoss, on all ranks of the team, where the last step, of which no loss was taken, broke some image."""
-        broken = team.sum_((~values.isfinite().all()).to(device, torch.float32)[None])
-        if broken.item():
+        broken = (~values.isfinite().all()).to(device, torch.float32)[None]
+        if (broken if team.size == 1 else team.sum_(broken)).item():
             step = self.seen[-1][0]
             text = f"unit {self.unit}, step {step}: images are not finite after the last step; lower lr or bn_weight"
             raise NonFiniteLoss(text, self.unit, step, "images")
