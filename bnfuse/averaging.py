@@ -60,11 +60,14 @@ class MovingAverage(nn.Module):
         ------
         InputError : another shape than before
         """
-        self._fit(mean)
+        kept = (torch.zeros_like(mean), torch.zeros_like(var))  # of an average that has not begun, and only is looked at
+        if update or self.mean.numel():
+            self._fit(mean)
+            kept = (self.mean, self.var)
         share = 1 - self.momentum
         if self.start == "first":
             share = 1 - self.momentum * self.begun.to(mean.dtype)  # on the device: nothing waits for it
-        values = [share * batch + (1 - share) * old for batch, old in ((mean, self.mean), (var, self.var))]
+        values = [share * batch + (1 - share) * old for batch, old in zip((mean, var), kept)]
         if update:
             with torch.no_grad():
                 self.mean.copy_(values[0])

@@ -465,19 +465,21 @@ def _check_targets(x, group_starts, target_mean, target_var, classes, distance) 
                 f"{name} must be {dtype} [K, {channels}] on {x.device}, a row a class, got {values.dtype} "
                 f"{list(values.shape)} on {values.device}"
             )
-    if len(target_mean) == 1:
-        return
-    groups = len(group_starts) - 1
+    if len(target_mean) > 1:
+        _check_classes(classes, len(group_starts) - 1, len(target_mean), x.device)
+
+
+def _check_classes(classes: Tensor | None, groups: int, rows: int, device: torch.device) -> None:
     if classes is None:
         raise InputError("class-wise targets need the class of each group: pass classes, int64 [G]")
-    if classes.shape != (groups,) or classes.dtype != torch.int64 or classes.device != x.device:
+    if classes.shape != (groups,) or classes.dtype != torch.int64 or classes.device != device:
         raise InputError(
-            f"classes must be int64 [{groups}] on {x.device}, one a group, got {classes.dtype} {list(classes.shape)} on "
+            f"classes must be int64 [{groups}] on {device}, one a group, got {classes.dtype} {list(classes.shape)} on "
             f"{classes.device}"
         )
     if classes.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(classes):
-        if groups and not 0 <= int(classes.min()) <= int(classes.max()) < len(target_mean):
-            raise InputError(f"classes must be from 0 to {len(target_mean) - 1}, got {classes.tolist()}")
+        if groups and not 0 <= int(classes.min()) <= int(classes.max()) < rows:
+            raise InputError(f"classes must be from 0 to {rows - 1}, got {classes.tolist()}")
 
 
 def bn_act_unchecked(
@@ -535,7 +537,7 @@ def bn_loss(
 
     Raises
     ------
-    InputError : an unknown distance, or targets of several classes without `classes`
+    InputError : an unknown distance, or targets of several classes without `classes`; on the reference, classes out of range
     RuntimeError : shapes or dtypes that do not fit, on the compiled backends
     """
     if distance in reference.EAGER_DISTANCES:
@@ -547,8 +549,11 @@ def bn_loss(
         raise InputError("bn_loss needs the moments of at least one site, got none")
     if classes is None and len(target_mean) > 1:
         raise InputError("class-wise targets need the class of each group: pass classes, int64 [G]")
+    backend = backends.resolve(backend, mean[0].device.type)
+    if backend == "reference" and len(target_mean) > 1:  # an index of eager PyTorch may be negative
+        _check_classes(classes, len(mean[0]), len(target_mean), mean[0].device)
     options = distance, use_std, eps, slack, mean_weight, var_weight
-    loss = operators(backend, mean[0].device.type).bn_loss
+    loss = OPERATORS[backend].bn_loss
     return loss(list(mean), list(var), target_mean, target_var, classes, site_weights, *options)[:2]
 
 

@@ -72,6 +72,21 @@ def test_it_is_put_back_in_place(start):
     assert all(a.equal(b) for a, b in zip(other(*moments[1].unbind()), second))
 
 
+def test_a_look_does_not_fix_the_groups():
+    average, rows = MovingAverage(0.5, start="first"), torch.rand(2, 3)
+    assert average(rows, rows, update=False)[0].equal(rows) and not average.mean.numel()
+    one = torch.rand(1, 3)
+    assert average(one, one)[0].equal(one) and average.mean.equal(one)
+
+
+def test_one_begun_in_inference_mode_goes_on_outside_of_it():
+    average, rows = MovingAverage(0.5), torch.rand(2, 3)
+    with torch.inference_mode():
+        average(rows, rows)
+    average(rows, rows)
+    assert average.mean.isfinite().all()
+
+
 def test_groups_must_stay_until_it_begins_anew():
     average = MovingAverage(M)
     average(torch.ones(2, 3), torch.ones(2, 3))

@@ -353,6 +353,22 @@ def test_says_what_it_expected_and_got(change, error, message, gradients):
         loss("cpp")
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c.fill_(4), r"classes must be from 0 to 3, got \[4, 4, 4\]"),
+        (lambda c: c.fill_(-1), r"classes must be from 0 to 3, got \[-1, -1, -1\]"),
+        (lambda c: c[:2], r"classes must be int64 \[3\] on cpu, one a group, got torch.int64 \[2\]"),
+        (lambda c: c.int(), r"classes must be int64 \[3\] on cpu, one a group, got torch.int32 \[3\]"),
+    ],
+)
+def test_the_reference_takes_no_other_classes_either(change, message):
+    loss = Loss(3, (5, 2), 4)
+    loss.classes = change(loss.classes)
+    with pytest.raises(InputError, match=message):
+        loss("reference")
+
+
 def test_the_operator_refuses_what_python_would_have():
     loss = Loss(3, (5, 2), 4)
     arguments = [loss.mean, loss.var, loss.target_mean, loss.target_var, loss.classes, loss.site_weights]
