@@ -106,13 +106,15 @@ def main() -> None:
         "--data", type=Path, default=os.environ.get("BNFUSE_DATA"), help="folder of the data (default BNFUSE_DATA)"
     )
     parser.add_argument("--split", choices=SPLITS, default="test", help="the real images that students are tested on")
-    parser.add_argument("--runs", type=Path, help=f"folder for what is made (default runs/{RECIPE}_test, or _heldout)")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs") / RECIPE, help=f"folder for what is made, by split (default runs/{RECIPE})"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     if args.data is None or not Path(args.data).is_dir():
         parser.error(f"--data or BNFUSE_DATA must name the folder of the data, got {args.data}")
     torch.set_num_threads(args.threads)
-    figures = imagenet(Path(args.data).resolve(), args.runs or Path(f"runs/{RECIPE}_{args.split}"), args.split)
+    figures = imagenet(Path(args.data).resolve(), args.runs / args.split, args.split)
     if args.split != "test":
         return
     path = write_result(f"recipe_{RECIPE}", f"python benchmarks/recipes.py {RECIPE}", percent=figures)

@@ -108,7 +108,7 @@ def _of_recipe(name: str, result: dict, to_root: str = "../") -> list[str]:
 
 
 def _of_demo(demo: dict) -> list[str]:
-    rows = [[text, f"{demo[key]:.1%}".replace("%", " %")] for key, text in DEMO.items() if key in demo]
+    rows = [[text, f"{demo[key]:.1%}".replace("%", " %")] for key, text in DEMO.items()]
     return [
         markdown([["a student trained on", "accuracy on real digits"], *rows]),
         f"{demo['images']:,} synthetic images, made in {demo['synthesis_seconds']:.0f} s. torch {demo['torch']}, "

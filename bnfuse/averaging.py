@@ -60,10 +60,11 @@ class MovingAverage(nn.Module):
         ------
         InputError : another shape than before
         """
-        kept = (torch.zeros_like(mean), torch.zeros_like(var))  # of an average that has not begun, and only is looked at
         if update or self.mean.numel():
             self._fit(mean)
-            kept = (self.mean, self.var)
+            kept = self.mean, self.var
+        else:  # one that has not begun, and is only looked at
+            kept = torch.zeros_like(mean), torch.zeros_like(var)
         share = 1 - self.momentum
         if self.start == "first":
             share = 1 - self.momentum * self.begun.to(mean.dtype)  # on the device: nothing waits for it

@@ -357,12 +357,11 @@ def _synthesize(args) -> None:
     if judge is not None:
         share = recognised(teacher, statistics, result.out, config, micro_batch=args.micro_batch, judge=judge)
         print(f"the judge ({judge.architecture}) takes {share:.1%} of them for it")
-    spec, then = as_spec(result.out), ""
-    if config.recipe is not None:
-        then = f" --recipe {config.recipe}"
-        if recipe(config.recipe).views:
-            print(f"the recipe's student learns labels of views: `bnfuse relabel {result.out}{then} --teacher …`")
-    print(f"look at {result.out / 'contact_sheet.png'}; train on it with `bnfuse train --data {spec}{then}`")
+    by_recipe = "" if config.recipe is None else f" --recipe {config.recipe}"
+    if by_recipe and recipe(config.recipe).views:
+        print(f"the recipe's student learns labels of views: `bnfuse relabel {result.out}{by_recipe} --teacher …`")
+    trained = f"bnfuse train --data {as_spec(result.out)}{by_recipe}"
+    print(f"look at {result.out / 'contact_sheet.png'}; train on it with `{trained}`")
 
 
 def _synthesis_config(given: dict[str, object]) -> SynthesisConfig:

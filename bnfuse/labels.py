@@ -37,7 +37,13 @@ _DTYPES = {
     "partners": torch.int32,
 }
 _PLACES = ("index", "partners")
-_SAID = (("complete",), ("config", "views"), ("dataset", "images", "class_names", "sha256"), ("preprocessing", "image_size"))
+_SAID = (  # in a card beside `complete`
+    ("config", "views"),
+    ("dataset", "images"),
+    ("dataset", "class_names"),
+    ("dataset", "sha256"),
+    ("preprocessing", "image_size"),
+)
 
 
 class Labels:
@@ -157,9 +163,9 @@ def read_labels_card(root: Path) -> dict:
     if not isinstance(card, dict) or (card.get("format"), card.get("format_version")) != (FORMAT, FORMAT_VERSION):
         raise InputError(f"{root / LABELS} is not of the format {FORMAT} {FORMAT_VERSION}: relabel with this bnfuse")
     try:
-        for name, *parts in _SAID:
-            for part in parts or [None]:
-                card[name] if part is None else card[name][part]
+        for name, part in _SAID:
+            card[name][part]
+        card["complete"]
     except (KeyError, TypeError) as error:
         raise InputError(f"{root / LABELS} is damaged, it does not say {error}: delete {root} and relabel") from error
     return card

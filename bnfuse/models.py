@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints import WEIGHT_SUFFIXES, WeightFacts, load_state, read_facts, read_weights
+from .class_names import misplaced
 from .errors import InputError
 from .networks import CifarResNet, ConvNet
 from .preprocessing import Preprocessing
@@ -100,12 +101,11 @@ class Teacher:
                 f"{self.architecture} tells {self.num_classes} classes apart and the dataset has {len(names)}: name its output "
                 "for each of them with outputs= (--outputs)"
             )
-        for k, name in enumerate(names):
-            if place.get(name, k) != k:
-                raise InputError(
-                    f"the dataset's class {k}, {name!r}, is output {place[name]} of {self.architecture} by its name, and "
-                    "others are none of its classes: name its output for each of them with outputs= (--outputs)"
-                )
+        if (found := misplaced(names, self.class_names or [])) is not None:
+            raise InputError(
+                f"the dataset's class {found[0]}, {names[found[0]]!r}, is output {found[1]} of {self.architecture} by its "
+                "name, and others are none of its classes: name its output for each of them with outputs= (--outputs)"
+            )
         return None
 
 

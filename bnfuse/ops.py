@@ -547,10 +547,8 @@ def bn_loss(
         raise InputError(f"unknown distance {distance!r}; choose one of {', '.join(known)}")
     if not mean:
         raise InputError("bn_loss needs the moments of at least one site, got none")
-    if classes is None and len(target_mean) > 1:
-        raise InputError("class-wise targets need the class of each group: pass classes, int64 [G]")
     backend = backends.resolve(backend, mean[0].device.type)
-    if backend == "reference" and len(target_mean) > 1:  # an index of eager PyTorch may be negative
+    if len(target_mean) > 1 and (classes is None or backend == "reference"):  # an index of eager PyTorch may be negative
         _check_classes(classes, len(mean[0]), len(target_mean), mean[0].device)
     options = distance, use_std, eps, slack, mean_weight, var_weight
     loss = OPERATORS[backend].bn_loss

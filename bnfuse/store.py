@@ -424,9 +424,11 @@ def write_store(images: Tensor, labels: Tensor, class_names: Sequence[str], root
     labels : int64 [N]
     root : its folder, which is made
     """
-    counts = torch.bincount(labels, minlength=len(class_names)).tolist()
-    places = [int((labels[:i] == label).sum()) for i, label in enumerate(labels)]
-    records = [ImageRecord(int(label), place, seed=0, losses={}) for label, place in zip(labels, places)]
+    counts = [0] * len(class_names)
+    records = []
+    for label in labels.tolist():
+        records.append(ImageRecord(label, counts[label], seed=0, losses={}))
+        counts[label] += 1
     with Store.open(root, card={}, class_names=class_names, counts=counts) as store:
         store.commit(0, images, records)
         store.finish()

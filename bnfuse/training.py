@@ -31,6 +31,7 @@ from .batches import (
     random_crop,
 )
 from .checkpoints import save_checkpoint
+from .class_names import misplaced
 from .configs import check_whole
 from .errors import InputError
 from .files import write_atomically
@@ -403,9 +404,8 @@ def _check_labels(labels: Labels, dataset, preprocessing: Preprocessing, config:
             "or relabel the images themselves (without --views)"
         )
     (height, width), (teachers_height, teachers_width) = preprocessing.image_size, labels.image_size
-    if (
-        not labels.plain and height * teachers_width != width * teachers_height
-    ):  # of any size: crops and mixes are fractions of it
+    same_shape = height * teachers_width == width * teachers_height  # of any size: crops and mixes are fractions of it
+    if not labels.plain and not same_shape:
         raise InputError(
             f"the views of {labels.root} were labelled at {teachers_height}x{teachers_width} pixels and the images are "
             f"{height}x{width}: bring them to that shape, of whatever size (image_size, --image-size)"
@@ -492,7 +492,7 @@ def _check_same_classes(dataset, test) -> None:
             "a network is tested on the classes it was trained on"
         )
     ours, theirs = list(dataset.class_names or []), list(test.class_names or [])
-    if any(name in ours and ours.index(name) != k and theirs.count(name) == 1 for k, name in enumerate(theirs)):
+    if misplaced(theirs, ours) is not None:
         raise InputError(f"{test.name} has classes of {dataset.name} at other places: {theirs[:5]}, {ours[:5]}")
 
 

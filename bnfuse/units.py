@@ -210,9 +210,8 @@ def outputs_asked(
     has the dataset's classes in their order. InputError where none of it tells.
     """
     source = Source.of(teacher, statistics, config)
-    if judge is not None and judge.class_names is not None and set(source.names) <= set(judge.class_names):
-        return torch.tensor([judge.class_names.index(name) for name in source.names])
-    if judge is not None and judge.num_classes != teacher.num_classes:
+    by_name = judge is not None and set(source.names) <= set(judge.class_names or [])
+    if by_name or judge is not None and judge.num_classes != teacher.num_classes:
         return torch.tensor(judge.outputs_for(source.names) or range(len(source.names)))
     return source.outputs(torch.tensor(source.rows))
 

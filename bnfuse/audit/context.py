@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ..class_names import misplaced
 from ..datasets import ArrayDataset, ImageDataset
 from ..errors import InputError
 from ..files import atomic_path, write_atomically
@@ -221,12 +222,11 @@ def _fitting(private: ImageDataset, role: str, data: ImageDataset) -> ArrayDatas
         )
     if data.class_names != private.class_names and sorted(data.class_names) == sorted(private.class_names):
         data = data.with_classes(private.class_names)
-    for k, name in enumerate(data.class_names):
-        if name in private.class_names and private.class_names.index(name) != k:
-            raise InputError(
-                f"class {k} of {who} is {name!r}, which is class {private.class_names.index(name)} of the private dataset "
-                f"{private.name}, and other classes are not the same: expected the same classes, in folders of the same names"
-            )
+    if (found := misplaced(data.class_names, private.class_names)) is not None:
+        raise InputError(
+            f"class {found[0]} of {who} is {data.class_names[found[0]]!r}, which is class {found[1]} of the private dataset "
+            f"{private.name}, and other classes are not the same: expected the same classes, in folders of the same names"
+        )
     return data.in_memory()
 
 
