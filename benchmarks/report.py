@@ -348,7 +348,7 @@ INTRODUCTIONS = {
     "operators_channels_last": "The same sites in channels_last, the layout that a fused network runs in.",
     "steps": "A synthesis step: forward, cross-entropy and BatchNorm loss, backward to the images, Adam; in brackets the "
     "median of the rounds' ratios to bnfuse. Each rival runs contiguous and channels_last, and its faster layout counts.",
-    "memory": "Memory of that step: activations kept for backward, and the peak over what was there before, each step in a "
+    "memory": "Memory of that step: activations kept for backward, and the peak over what lived before, each step in a "
     "process of its own.",
 }
 
