@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
-from summary import geometric_mean, operator_means
+from summary import geometric_mean, operator_means, summarize_operators, with_sums
 
 ROOT = Path(__file__).parents[1]
 RESULTS, README, PICTURE = ROOT / "benchmarks/results", ROOT / "README.md", ROOT / "docs/images/roofline.png"
@@ -160,7 +161,7 @@ def sites_table(result: dict) -> str:
     """Microseconds of every site on each GPU backend, a direction at a time, and its part of the copy bandwidth."""
     backends = {result["backend"]: "bnfuse"}  # what `auto` took goes by that name
     backends |= {name: name for name in ("cuda", "triton") if all(name in case["seconds"] for case in result["operators"])}
-    directions = dict.fromkeys(case["direction"] for case in result["operators"])
+    directions = ("forward", "backward")
     cases = {(case["site"], case["direction"]): case for case in result["operators"]}
 
     def cells(case: dict) -> list[str]:
@@ -171,6 +172,17 @@ def sites_table(result: dict) -> str:
     for site in dict.fromkeys(site for site, _ in cases):
         rows.append([site, *(cell for d in directions for cell in cells(cases[site, d]))])
     return markdown(rows)
+
+
+def gpu_times(result: dict) -> str:
+    """What the times of a GPU's sites are, and whose may contain waiting for the host."""
+    together = "Forward and backward are timed alone, and what stands for both is their sum."
+    cases = [case for case in result["operators"] if case["direction"] != "both"]
+    if any("waited_for_host" not in case for case in cases):
+        return f"{together} Whether the device waited for the host in some rounds was not noted in this run."
+    of_sites = Counter((name, case["direction"]) for case in cases for name in case["waited_for_host"])
+    found = ", ".join(f"`{name}` {direction} at {n} sites" for (name, direction), n in of_sites.items())
+    return f"{together} In some rounds the device may have waited for the host: {found or 'of nobody'}."
 
 
 STEP_RIVALS = {
@@ -311,15 +323,20 @@ def _aims(result: dict) -> bool:
 def gpu_results(folder: Path) -> dict[str, dict]:
     """The results in the folder that were measured on a GPU, by file."""
     results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    return {name: result for name, result in results.items() if result.get("settings", {}).get("device") == "cuda"}
+    on_gpu = {name: result for name, result in results.items() if result.get("settings", {}).get("device") == "cuda"}
+    for result in on_gpu.values():
+        if "operators" in result:
+            result["operators"] = with_sums(result["operators"])
+            result["summary"] |= summarize_operators(result["operators"])
+    return on_gpu
 
 
 def gpu_report(results: dict[str, dict]) -> str:
     """The tables of every result of a GPU, each site's among them."""
     parts = []
     for name, result in results.items():
-        tables = [terminal_tables(result), sites_table(result) if "operators" in result else ""]
-        parts += [f"## {name}", gpu_circumstances(result), *filter(None, tables)]
+        sites = [gpu_times(result), sites_table(result)] if "operators" in result else []
+        parts += [f"## {name}", gpu_circumstances(result), terminal_tables(result), *filter(None, sites)]
     parts += ["## What we aim at on a GPU, in bfloat16 and channels_last", gpu_targets_table(list(results.values()))]
     return "\n\n".join(parts) + "\n"
 
@@ -335,7 +352,8 @@ def gpu_block(results: dict[str, dict]) -> str:
     parts = []
     for name, result in results.items():
         if "operators" in result and result["settings"]["dtype"] == "bfloat16":
-            parts += [f"{gpu_circumstances(result)} ([result](benchmarks/results/{name}.json)).", operators_table(result)]
+            where = f"{gpu_circumstances(result)} ([result](benchmarks/results/{name}.json))."
+            parts += [f"{where} {gpu_times(result)}", operators_table(result)]
     return "\n\n".join([*parts, gpu_targets_table(list(results.values()))])
 
 

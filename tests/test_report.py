@@ -145,9 +145,8 @@ def test_tables_of_results_on_a_gpu(results, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith(left)
     assert "of_the_cpu" not in left and "Example GPU, bfloat16, contiguous" in left
     for line in (
-        "| site | both, MB | `cuda`, µs | `triton`, µs | forward, MB | `cuda`, µs | `triton`, µs | backward, MB "
-        "| `cuda`, µs | `triton`, µs |",
-        "| 16x8x4x4-relu | 10 | 1000 (50%) | 1250 (40%) | 10 | 1000 (25%) | 1250 (20%) | 10 | 1000 (25%) | 1250 (20%) |",
+        "| site | forward, MB | `cuda`, µs | `triton`, µs | backward, MB | `cuda`, µs | `triton`, µs |",
+        "| 16x8x4x4-relu | 10 | 1000 (25%) | 1250 (20%) | 10 | 1000 (25%) | 1250 (20%) |",
         "| step | bnfuse | eager hook | eager hook, autocast | compiled hook | no statistics | convolutions alone | `triton` |",
         "| ResNet-18, 16 images | 500 ms | 500 ms (1.00×) | 2500 ms (5.00×) | 1000 ms (2.00×) | 400 ms (0.80×) "
         "| 400 ms (0.80×) | 625 ms (1.25×) |",
@@ -156,6 +155,28 @@ def test_tables_of_results_on_a_gpu(results, tmp_path, monkeypatch, capsys):
         "| ResNet-18 | 32 (1736.1 h) | 32 (1736.1 h) | 6 (8680.6 h) | 16 (3472.2 h) |",
     ):
         assert line in left
+
+
+def test_on_a_gpu_both_directions_are_the_sum_of_each_alone(results, tmp_path):
+    """However long both took when they were timed at once: that has the waiting for the host."""
+    result = results["operators"]
+    result["settings"] |= {"device": "cuda", "dtype": "bfloat16"}
+    result["operators"] = [
+        operator({"resnet50": 1}, 90, 9, 9, 9, 9, 0.9),
+        operator({"resnet50": 1}, 2, 2, 2, 2, 2, 0.5, direction="forward"),
+        operator({"resnet50": 1}, 4, 4, 4, 4, 4, 0.5, direction="backward"),
+    ]
+    (tmp_path / "operators.json").write_text(json.dumps(result))
+    (of_gpu,) = report.gpu_results(tmp_path).values()
+    *_, both = of_gpu["operators"]
+    assert len(of_gpu["operators"]) == 3 and both["bytes"] == 2 * 10**7
+    assert both["seconds"] == pytest.approx({"bnfuse": 0.002, **{name: 0.006 for name in RIVALS[:-1]}, "floor": 0.001})
+    assert of_gpu["summary"]["op_speedup_vs_eager"] == of_gpu["summary"]["op_speedup_vs_compile"] == pytest.approx(3)
+    assert summary.with_sums(of_gpu["operators"]) == of_gpu["operators"]
+    assert "was not noted in this run" in report.gpu_times(of_gpu)
+    for case, waited in zip(of_gpu["operators"], ({}, {"compiled_hook": 2})):
+        case["waited_for_host"] = waited
+    assert "waited for the host: `compiled_hook` backward at 1 sites" in report.gpu_times(of_gpu)
 
 
 def test_targets_of_a_gpu_are_marked_and_what_was_not_measured_is_said(results):
