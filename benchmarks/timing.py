@@ -123,7 +123,7 @@ def alternate(
 
     Every timed call starts from a cold cache; the rivals' order rotates from round to round. A first round is not counted: it
     warms up, and tells how many fit. Whatever had to be compiled has been, since all were verified. With `hide_launches` a
-    GPU's time alone is wanted: in how many rounds it may have waited for the host is in `extra_info["waited_for_host"]`, by name.
+    GPU's time alone is wanted: in how many rounds it may have waited for the host is in `extra_info["waited_for_host"]`.
     """
     waited: dict[str, int] = {}  # rounds
     held: dict[str, Any] = {}  # the input and the result of the call last timed
