@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,7 +35,7 @@ def test_a_site_s_contender_without_the_loss_s_gradient_is_not_timed(of, dtype):
 
     for share in (0.0, 0.5):
         with pytest.raises(AssertionError, match=f"{of}: the loss's gradient .* not timed"):
-            contenders.verify(case, {of: lambda: with_share(share)})
+            contenders.verify(case, {of: partial(with_share, share)})
 
 
 @pytest.fixture(scope="module")

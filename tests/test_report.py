@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -203,6 +205,42 @@ def test_targets_of_a_gpu_are_marked_and_what_was_not_measured_is_said(results):
     for result in results.values():  # measured in another dtype: not what the targets are meant for
         result["settings"] = on_gpu | {"dtype": "float32"}
     assert report.gpu_targets_table(list(results.values())).count("not measured") == len(report.GPU_TARGETS)
+
+
+def test_no_table_has_figures_of_two_cards_or_of_another_run(results, tmp_path, monkeypatch, capsys):
+    of_a_step = {}
+    for age, card, hook in ((1, "Card A", 3.0), (2, "Card B", 2.0)):
+        steps = [step("resnet50", hook=hook, autocast_hook=hook, plain=1.0, conv_only=0.8)]
+        settings = {"device": "cuda", "dtype": "bfloat16", "layout": "channels_last"}
+        of_a_step[card] = results["steps"] | {"gpu": card, "settings": settings, "steps": steps}
+        of_a_step[card]["summary"] = summary.summarize_steps(steps)
+        path = tmp_path / f"steps_{card[-1]}.json"
+        path.write_text(json.dumps(of_a_step[card]))
+        os.utime(path, (age, age))
+    row = "| ResNet-50 step, over the eager hook under autocast | ≥ 2.5× |"
+    of_a, of_b = report.gpu_targets(list(of_a_step.values())).split("on an Card B")
+    assert f"{row} 3.00× | met |" in of_a and f"{row} 2.00× | missed |" in of_b
+    began = tmp_path / "began"
+    began.touch()
+    os.utime(began, (1.5, 1.5))
+    monkeypatch.setattr(sys, "argv", ["report.py", "--gpu", str(tmp_path), "--since", str(began)])
+    report.main()
+    assert "Card A" not in (tmp_path / "gpu.md").read_text() and "Card B" in capsys.readouterr().out
+    os.utime(began, (3, 3))
+    with pytest.raises(SystemExit, match="no results of a GPU that are newer"):
+        report.main()
+
+
+def test_make_gpu_shows_the_results_of_its_own_run():
+    """With a Python that measures nothing and fails: the report is asked for what is newer than the start, and make fails."""
+    python = f'{sys.executable} -c \'import sys; print(*sys.argv[1:]); sys.exit(sys.argv[1:3] == ["-m", "pytest"])\''
+    recipe = subprocess.run(
+        ["make", "-n", "gpu", "OUT=out"], cwd=report.ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    benchmarks = "failed=0;" + recipe.partition("failed=0;")[2]
+    ran = subprocess.run(["bash", "-c", benchmarks.replace("python3", python)], capture_output=True, text=True)
+    began = ran.stdout.split("benchmarks/report.py --gpu out --since ")[1].strip()
+    assert ran.returncode == 1 and began and not Path(began).exists()
 
 
 def test_the_readme_shows_the_numbers_and_what_was_missed(results):
