@@ -24,7 +24,7 @@ EPS = 2**-10
 # round on the way is theirs: in 16 bits BN's output, before the residual is added, which moves some elements across a kink.
 RIVAL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 0.05}
 # Of the loss's gradient alone, in norm, everybody's: it is a ten-thousandth of dx, whose check says nothing of it. Seen are up
-# to 1e-6 in float32, 5e-3 in bfloat16 and 5e-4 in float16, where it is scaled, as in training: unscaled it is below its numbers.
+# to 1e-6 in float32, 5e-3 in bfloat16 and 5e-4 in float16, where it is scaled, as in training: unscaled it underflows.
 LOSS_GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 LOSS_SCALE = 2.0**12
 

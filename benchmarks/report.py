@@ -346,7 +346,7 @@ def gpu_report(results: dict[str, dict]) -> str:
     for name, result in results.items():
         sites = [gpu_times(result), sites_table(result)] if "operators" in result else []
         parts += [f"## {name}", gpu_circumstances(result), terminal_tables(result), *filter(None, sites)]
-    parts += ["## What we aim at on a GPU, in bfloat16 and channels_last", gpu_targets(list(results.values()))]
+    parts += ["## Targets, in bfloat16 and channels_last", gpu_targets(list(results.values()))]
     return "\n\n".join(parts) + "\n"
 
 

@@ -85,6 +85,15 @@ def test_16_bits_are_held_to_what_the_eager_hook_loses_in_them():
         given = {name: (loss, images if name[0] == "bnfuse" else other_images) for name, loss in losses.items()}
         steps.verify(model, given, images, labels)
 
+    class WithoutGradient(steps.FusedLoss):
+        def forward(self, images):
+            value = super().forward(images)
+            return value.detach() + 0 * value
+
+    with pytest.raises(AssertionError, match="image gradient against hook .* not timed"):
+        losses["bnfuse", ""] = WithoutGradient(model, labels)
+        steps.verify(model, {name: (loss, images) for name, loss in losses.items()}, images, labels)
+
 
 def test_tf32_is_held_to_what_its_mantissa_can(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
