@@ -13,13 +13,16 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from statistics import median
 
+from results_file import RESULTS
 from summary import geometric_mean, operator_means, summarize_operators, with_sums
 
 ROOT = Path(__file__).parents[1]
-RESULTS, README, PICTURE = ROOT / "benchmarks/results", ROOT / "README.md", ROOT / "docs/images/roofline.png"
+README, PICTURE = ROOT / "README.md", ROOT / "docs/images/roofline.png"
 GPU_PAGE = ROOT / "docs/gpu.md"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+SMALL_PLANES, SMALL_PLANES_MARKERS = "small_planes", ("<!-- small planes -->", "<!-- /small planes -->")
 SIZES = ((0, 8e6, "less than 8 MB"), (8e6, 32e6, "8 to 32 MB"), (32e6, float("inf"), "more"))  # bytes
 NAMES = {"resnet20": "ResNet-20", "resnet18": "ResNet-18", "resnet50": "ResNet-50", "mobilenet_v2": "MobileNetV2"}
 
@@ -142,6 +145,24 @@ def sizes_table(result: dict) -> str:
             speedups = [times(means[f"op_{key}"]) for key in ("speedup_vs_eager", "speedup_vs_plain", "time_over_floor")]
             rows.append([label, str(means["sites"]), *speedups, f"{_share(_weighed(both, None, 'both')):.0%}"])
     return markdown(rows)
+
+
+def small_planes_table(result: dict) -> str:
+    """Shares of the copy bandwidth over the planes and channels of small_planes.py, a row a direction and layout."""
+    rows = [["of copy bandwidth", "least", "next", "median", "most"]]
+    shares = result["share_of_copy_bandwidth"]
+    for direction in ("forward", "backward"):
+        for layout in dict.fromkeys(share["layout"] for share in shares):
+            found = sorted((s for s in shares if s["layout"] == layout), key=lambda s: s[direction])
+            cells = [f"{s[direction]:.0%} ({_plane(s)})" for s in found[:2]]
+            cells += [f"{median(s[direction] for s in found):.0%}", f"{found[-1][direction]:.0%}"]
+            rows.append([f"{direction}, {layout}", *cells])
+    return markdown(rows)
+
+
+def _plane(share: dict) -> str:
+    side = f"{share['plane']}×{share['plane']}"
+    return f"{side}, {share['channels']} channels" + (" and a residual" if share["residual"] else "")
 
 
 def _weighed(cases: list[dict], network: str | None, direction: str) -> list[tuple[dict, int]]:
@@ -405,6 +426,12 @@ def _circumstances(result: dict, name: str) -> str:
     )
 
 
+def small_planes_block(result: dict) -> str:
+    where = f"{result['processor']}, {result['threads']} thread{'s' * (result['threads'] > 1)}, torch {result['torch']}, "
+    where += f"{result['date']} ([result](benchmarks/results/{SMALL_PLANES}.json))."
+    return f"{where}\n\n{small_planes_table(result)}"
+
+
 def load_results(folder: Path) -> dict[str, dict]:
     """The results of a full run, by file; those that are there."""
     paths = {name: folder / f"{name}.json" for name in INTRODUCTIONS}
@@ -497,6 +524,9 @@ def main() -> None:
         markers = "<!-- gpu -->", "<!-- /gpu -->"
         wanted[README] = with_block(wanted[README], gpu_block(on_gpu), *markers)
         wanted[GPU_PAGE] = with_block(GPU_PAGE.read_text(), gpu_report(on_gpu).rstrip(), *markers)
+    if (planes := RESULTS / f"{SMALL_PLANES}.json").is_file():
+        block = small_planes_block(json.loads(planes.read_text()))
+        wanted[README] = with_block(wanted[README], block, *SMALL_PLANES_MARKERS)
     if args.check:
         stale = [page.name for page, text in wanted.items() if page.read_text() != text]
         sys.exit(f"not what {RESULTS} has: {', '.join(stale)}; run `python benchmarks/report.py`" if stale else 0)

@@ -4,7 +4,8 @@ slower than another.
     python benchmarks/small_planes.py [--threads 2]  # prints a table, and leaves results/small_planes.json
     python benchmarks/small_planes.py --quick        # a part of it, in seconds, into results/quick_small_planes.json
 
-Speeds are shares of the bandwidth of a plain copy in the same rounds. Networks' own sites, and rivals, are test_operators.py's.
+Speeds are shares of the bandwidth of a plain copy in the same rounds; report.py puts the slowest into README. Networks' own
+sites, and rivals, are test_operators.py's.
 """
 
 from __future__ import annotations

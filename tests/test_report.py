@@ -265,6 +265,27 @@ def test_no_marks_for_what_the_targets_are_not_meant_for(results):
     assert "missed" not in report.readme_block(results)
 
 
+def test_the_slowest_small_planes_are_named():
+    def share(plane, channels, residual, forward):
+        where = {"plane": plane, "channels": channels, "residual": residual, "layout": "contiguous"}
+        return where | {"forward": forward, "backward": 2 * forward}
+
+    shares = [share(7, 3, False, 0.5), share(2, 512, True, 0.25), share(1, 3, False, 0.125), share(56, 3, False, 1.0)]
+    table = report.small_planes_table({"share_of_copy_bandwidth": shares})
+    assert "| forward, contiguous | 12% (1×1, 3 channels) | 25% (2×2, 512 channels and a residual) | 38% | 100% |" in table
+    kept = json.loads((report.RESULTS / "small_planes.json").read_text())
+    readme = report.README.read_text()
+    block = report.small_planes_block(kept)
+    assert readme == report.with_block(readme, block, *report.SMALL_PLANES_MARKERS), "run `python benchmarks/report.py`"
+
+
+def test_results_are_read_where_they_are_written(tmp_path):
+    environment = {**os.environ, "BNFUSE_RESULTS": str(tmp_path)}
+    command = [sys.executable, str(report.ROOT / "benchmarks/report.py"), "--check"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 1 and f"no results in {tmp_path}" in ran.stderr
+
+
 def test_the_block_takes_the_place_of_the_last_one():
     readme = f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n"
     once = report.with_block(readme, "new")
