@@ -51,6 +51,20 @@ def measured_on(device: torch.device) -> dict:
     return result
 
 
+def measured_before(name: str, *figures: str) -> dict:
+    """These figures of a result that is kept, to be written again beside others that are measured now.
+
+    SystemExit where there are none, or where they are of another machine or of other versions.
+    """
+    path, now = RESULTS / f"{name}.json", measured_on(torch.device("cpu"))
+    result = json.loads(path.read_text()) if path.is_file() else {}
+    if missing := [figure for figure in figures if not result.get(figure)]:
+        raise SystemExit(f"{path} has no {', '.join(missing)} to keep: measure everything")
+    if others := [field for field, value in now.items() if field != "date" and result.get(field) != value]:
+        raise SystemExit(f"{path} was measured under another {', '.join(others)}: measure everything")
+    return {figure: result[figure] for figure in figures}
+
+
 def device_name(device: torch.device) -> str:
     """What the figures were measured on, as its maker calls it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()

@@ -3,8 +3,9 @@
     python benchmarks/scaling.py             # into benchmarks/results and docs/scaling.md
     python benchmarks/scaling.py --quick     # a small part, printed; nothing is written
     python benchmarks/scaling.py --report    # the page once more, from the results
+    python benchmarks/scaling.py --mode independent # the other mode stays as it was measured before
 
-Synchronised: one batch spread over the ranks, a fixed number of images in all; the time that a rank spends in the all-reduce,
+Synchronised: one batch spread over the ranks, a fixed number of images in all; the time that rank 0 spends in the all-reduce,
 in which it also waits for the slowest, and that of the all-reduce alone. Independent: `bnfuse synthesize` under torchrun on a
 fixed number of units, less what the same command takes when there is nothing left to do. Each rank has one thread, so that more
 ranks than cores share them.
@@ -26,7 +27,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from report import ROOT, circumstances, markdown, times, write_block
-from results_file import RESULTS, write_result
+from results_file import RESULTS, measured_before, write_result
 
 from bnfuse.distributed import Team
 
@@ -88,7 +89,7 @@ def synchronised(ranks: int, batch: int, micro_batch: int, repeats: int) -> dict
     medians = {name: stats.median(value) if isinstance(value, list) else value for name, value in found.items()}
     case = {"ranks": ranks, "batch": batch, "micro_batch": micro_batch, "repeats": repeats, **medians}
     print(
-        f"  {ranks} ranks: {case['seconds']:.3f} s a step, {case['share_in_all_reduce']:.1%} of it in the all-reduce of "
+        f"  {ranks} ranks: {case['seconds']:.3f} s a step, {case['share_in_all_reduce']:.1%} of rank 0's in the all-reduce of "
         f"{case['all_reduce_bytes'] / 1e3:.0f} kB, which alone takes {case['all_reduce_alone_seconds'] * 1e3:.2f} ms",
         flush=True,
     )
@@ -135,7 +136,7 @@ def run(command: list[str]) -> str:
 
 def write_report(result: dict) -> None:
     one, *_ = result["synchronised"]
-    rows = [["one batch over the ranks", "seconds a step", "over one rank", "in the all-reduce", "the all-reduce alone"]]
+    rows = [["one batch over the ranks", "seconds a step", "over one rank", "rank 0 in the all-reduce", "the all-reduce alone"]]
     for case in result["synchronised"]:
         together = ["", ""]
         if case["ranks"] > 1:
@@ -147,11 +148,10 @@ def write_report(result: dict) -> None:
         f"in all, {one['micro_batch']} at a time; an all-reduce of {size / 1e3:.0f} kB."
     )
     blocks = [text, markdown(rows)]
-    if result["independent"]:
-        one, *_ = result["independent"]
-        rows = [["units dealt to the ranks", "seconds", "over one rank"]]
-        rows += [[_ranks(c), f"{c['seconds']:.1f}", times(one["seconds"] / c["seconds"])] for c in result["independent"]]
-        blocks += [f"{one['units']} units of {one['batch']} images, {one['iterations']} steps each:", markdown(rows)]
+    one, *_ = result["independent"]
+    rows = [["units dealt to the ranks", "seconds", "over one rank"]]
+    rows += [[_ranks(c), f"{c['seconds']:.1f}", times(one["seconds"] / c["seconds"])] for c in result["independent"]]
+    blocks += [f"{one['units']} units of {one['batch']} images, {one['iterations']} steps each:", markdown(rows)]
     write_block(PAGE, "measured", "\n\n".join(blocks))
     print(f"wrote {PAGE}")
 
@@ -180,7 +180,9 @@ def main() -> None:
     torch.set_num_threads(1)  # as the ranks have, and the result says
     ranks = (1, 2) if args.quick else (1, 2, 4)
     batch, repeats, units, iterations = (32, 1, 2, 5) if args.quick else (args.batch, args.repeats, args.units, 40)
-    result = {"synchronised": [], "independent": []}
+    modes = ("synchronised", "independent")
+    kept = [] if args.quick or args.mode == "both" else [mode for mode in modes if mode != args.mode]
+    result = measured_before(NAME, *kept) if kept else {}
     if args.mode != "independent":
         print("one batch over the ranks:")
         result["synchronised"] = [synchronised(n, batch, min(batch, args.micro_batch), repeats) for n in ranks]
@@ -188,8 +190,8 @@ def main() -> None:
         print("units dealt to the ranks:")
         with tempfile.TemporaryDirectory() as folder:
             result["independent"] = [independent(n, units, 16 if args.quick else 64, iterations, Path(folder)) for n in ranks]
-    if not args.quick and result["synchronised"]:
-        path = write_result(NAME, COMMAND, **result)
+    if not args.quick:
+        path = write_result(NAME, COMMAND, **{mode: result[mode] for mode in modes})
         write_report(json.loads(path.read_text()))
 
 

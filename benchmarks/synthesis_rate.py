@@ -44,7 +44,7 @@ def main() -> None:
     labels, seeds = torch.tensor(unit.classes), [derive_seed(0, k, i) for k, i in zip(unit.classes, unit.indices)]
 
     def run(backend: str) -> tuple[float, float]:
-        objective = Objective(fuse(teacher.model, backend=backend), Matcher.from_statistics(statistics))
+        objective = Objective(fuse(teacher.model, backend=backend), Matcher.from_statistics(statistics, backend=backend))
         config = type(SYNTHESIS)(**{**vars(SYNTHESIS), "iterations": args.iterations})
         started = time.perf_counter()
         _, losses = optimise(objective, group_by_class(labels), labels, seeds, 0, teacher, config, lambda *_: None)

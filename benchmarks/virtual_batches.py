@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from report import ROOT, circumstances, markdown, times, write_block
-from results_file import RESULTS, measured_on, write_result
+from results_file import RESULTS, measured_before, write_result
 from step_memory import Peak, child_environment
 
 PAGE, PICTURE = ROOT / "docs/virtual_batches.md", ROOT / "docs/images/virtual_batches.png"
@@ -107,15 +107,6 @@ def _time_text(case: dict) -> str:
     )
 
 
-def before(only: str) -> dict:
-    """What was measured before of the other half, if it was here and with these versions."""
-    result, now = json.loads((RESULTS / f"{NAME}.json").read_text()), measured_on(torch.device("cpu"))
-    others = [name for name, value in now.items() if name != "date" and result[name] != value]
-    if others:
-        raise SystemExit(f"the results there are were measured under another {', '.join(others)}: measure both, without --only")
-    return {"memory": result["memory"]} if only == "time" else {"time": result["time"]}
-
-
 # ---- the page ----
 
 
@@ -179,7 +170,7 @@ def main() -> None:
     if args.report:
         write_report(json.loads((RESULTS / f"{NAME}.json").read_text()))
         return
-    figures = before(args.only) if args.only else {}
+    figures = measured_before(NAME, "memory" if args.only == "time" else "time") if args.only else {}
     largest, largest_plain, pairs = (256, 256, 1) if args.quick else (args.largest, args.largest_plain, args.pairs)
     if "memory" not in figures:
         batches = [args.micro_batch]

@@ -12,6 +12,7 @@ import drop_in  # noqa: E402
 import fidelity_cases  # noqa: E402
 import recipes_page  # noqa: E402
 import report  # noqa: E402
+import results_file  # noqa: E402
 import scaling  # noqa: E402
 import scaling_model  # noqa: E402
 import virtual_batches  # noqa: E402
@@ -96,6 +97,35 @@ def test_pages_show_the_results_that_are_kept(module):
     before = module.PAGE.read_text()
     module.write_report(json.loads(result.read_text()))
     assert module.PAGE.read_text() == before, f"run `{module.COMMAND} --report`"
+
+
+@pytest.mark.parametrize("mode, other", [("independent", "synchronised"), ("synchronised", "independent")])
+def test_a_mode_of_scaling_that_is_not_measured_stays_as_it_was(mode, other, monkeypatch, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(scaling.PAGE.read_text())
+    monkeypatch.setattr(scaling, "PAGE", page)
+    monkeypatch.setattr(results_file, "RESULTS", tmp_path)
+    monkeypatch.setattr(scaling.torch, "set_num_threads", lambda _: None)
+    measured = []
+
+    def measure(name):
+        return lambda ranks, *_: measured.append(name) or CASES[scaling][name][0] | {"ranks": ranks, "seconds": 123.0}
+
+    for name in (mode, other):
+        monkeypatch.setattr(scaling, name, measure(name))
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--mode", mode])
+    with pytest.raises(SystemExit, match=f"has no {other} to keep: measure everything"):
+        scaling.main()
+    assert not measured
+    path = results_file.write_result(scaling.NAME, "a command", **CASES[scaling])
+    scaling.main()
+    written = json.loads(path.read_text())
+    assert measured == [mode] * 3 and written[other] == CASES[scaling][other]
+    assert [case["seconds"] for case in written[mode]] == [123.0] * 3 and "123.0" in page.read_text()
+    path.write_text(json.dumps(written | {"torch": "another"}))
+    with pytest.raises(SystemExit, match="under another torch"):
+        scaling.main()
+    assert len(measured) == 3
 
 
 def test_the_recipes_are_what_their_table_says(monkeypatch, tmp_path):

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bnfuse.fusion import FusedBatchNorm
+
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import timing  # noqa: E402
@@ -149,6 +151,26 @@ def test_the_longest_case_is_the_limit_and_its_warm_up():
     seconds_a_round = limits.seconds / limits.min_rounds
     assert limits.longest == pytest.approx((1 + limits.rounds(seconds_a_round)) * seconds_a_round)
     assert all((1 + limits.rounds(seconds)) * seconds <= limits.longest for seconds in (0.3, 0.1, 0.01))
+
+
+def test_the_demo_s_rate_on_the_reference_is_the_reference_s_alone(monkeypatch, tmp_path):
+    import results_file
+    import synthesis_rate
+
+    ran = []
+
+    def optimise(objective, *_):
+        sites = (module for module in objective.teacher.modules() if isinstance(module, FusedBatchNorm))
+        ran.append({objective.matcher.backend, *(site.backend for site in sites)})
+        return None, {"total": 1.0}
+
+    monkeypatch.setattr(synthesis_rate, "optimise", optimise)
+    monkeypatch.setattr(results_file, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["synthesis_rate.py", "--pairs", "1"])
+    threads = torch.get_num_threads()
+    synthesis_rate.main()
+    torch.set_num_threads(threads)
+    assert ran == [{"cpp"}, {"reference"}] * 2
 
 
 def test_small_planes_are_timed_beside_a_copy(tmp_path):
