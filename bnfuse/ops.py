@@ -477,7 +477,7 @@ def _check_classes(classes: Tensor | None, groups: int, rows: int, device: torch
             f"classes must be int64 [{groups}] on {device}, one a group, got {classes.dtype} {list(classes.shape)} on "
             f"{classes.device}"
         )
-    if classes.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(classes):
+    if classes.device.type == "cpu" and _is_plain(classes):
         if groups and not 0 <= int(classes.min()) <= int(classes.max()) < rows:
             raise InputError(f"classes must be from 0 to {rows - 1}, got {classes.tolist()}")
 
@@ -584,7 +584,7 @@ def check_group_starts(group_starts: Tensor | None, x: Tensor) -> Tensor:
     if group_starts.device != x.device:
         raise InputError(f"group_starts is on {group_starts.device}, x on {x.device}; move one of them")
     # Its values are checked where that costs no wait for a device, and not while a compiler traces.
-    if group_starts.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(group_starts):
+    if group_starts.device.type == "cpu" and _is_plain(group_starts):
         starts = group_starts.tolist()
         if starts[0] != 0 or starts[-1] != x.shape[0] or any(a > b for a, b in zip(starts, starts[1:])):
             raise InputError(f"group_starts must run from 0 to the batch size {x.shape[0]} without decreasing, got {starts}")
@@ -592,9 +592,9 @@ def check_group_starts(group_starts: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _one_group(x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or _is_fake(x):
-        return torch.tensor([0, x.shape[0]], device=x.device)
-    return _cached_one_group(x.shape[0], x.device)
+    if _is_plain(x):
+        return _cached_one_group(x.shape[0], x.device)
+    return torch.arange(2, device=x.device) * x.shape[0]
 
 
 @functools.lru_cache(maxsize=64)
@@ -603,5 +603,11 @@ def _cached_one_group(samples: int, device: torch.device) -> Tensor:
         return torch.tensor([0, samples], device=device)
 
 
-def _is_fake(tensor: Tensor) -> bool:
-    return isinstance(tensor, torch._subclasses.FakeTensor)
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether values may be read and new tensors kept: nothing traces, and no mode or transform wraps what is made now."""
+    return not (
+        torch.compiler.is_compiling()
+        or isinstance(tensor, torch._subclasses.FakeTensor)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+    )

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from functorch.compile import aot_function, nop
 from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import LARGE_MEAN_VARIANCE_RELATIVE, assert_elements_close, assert_moments_close
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bnfuse import backends, ops, reference
 from bnfuse.errors import BackendError, InputError
@@ -419,6 +422,49 @@ def test_compiles_to_one_graph(backend, layout):
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for actual, expected in zip(run(compiled), run(step)):
         assert_elements_close(actual, expected, torch.float64)
+
+
+def under_fake_tensors(function, x):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return function(x)
+
+
+TRACED = {
+    "aot_function": lambda f, x: aot_function(f, fw_compiler=nop)(x.requires_grad_()),
+    "functionalize": lambda f, x: torch.func.functionalize(f)(x),
+    "make_fx": lambda f, x: make_fx(torch.func.functionalize(f), tracing_mode="fake")(x)(x),
+    "make_fx_symbolic": lambda f, x: make_fx(torch.func.functionalize(f), tracing_mode="symbolic")(x)(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(x[None])[0],
+    "fake": under_fake_tensors,
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("trace", TRACED)
+def test_what_traces_leaves_nothing_behind(trace):
+    """The groups that are kept from call to call are ordinary tensors, whatever the first call of a batch size ran under."""
+    x = make_case((5, 3, 2, 2)).x
+    ops._cached_one_group.cache_clear()
+    # make_fx lifts no tensor that a function closes over.
+    traced = TRACED[trace](lambda x: ops.bn_act(x, torch.ones(3), torch.zeros(3), backend="cpp")[0], x.clone())
+    assert traced.shape == x.shape
+    y, mean, _ = ops.bn_act(x, ONE, ZERO, backend="cpp")
+    for tensor in (y, mean, ops._cached_one_group(5, x.device)):
+        assert type(tensor) is Tensor and not torch._is_functional_tensor(tensor)
+        assert not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    assert torch.equal(y, x) and ops._cached_one_group(5, x.device).tolist() == [0, 5]
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_groups_and_classes_are_not_read_while_something_traces(backend):
+    def losses(x, starts, classes, constants, targets):
+        options = dict(group_starts=starts, classes=classes, backend="cpp")
+        _, loss, mean, var = ops.bn_act_loss(x.transpose(2, 3), *constants, *targets, **options)
+        return loss + ops.bn_loss([mean], [var], *targets, constants[0][:1], classes=classes, backend=backend)[0]
+
+    arguments = torch.tensor([0, 2, 4]), torch.tensor([1, 0]), torch.stack([ONE, ZERO]), torch.ones(2, 2, 3)
+    traced = aot_function(losses, fw_compiler=nop)(X.clone().requires_grad_(), *arguments)
+    assert torch.equal(traced, losses(X, *arguments))
 
 
 def test_gradients_that_are_views_are_taken_as_they_are():
