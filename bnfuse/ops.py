@@ -231,10 +231,16 @@ if backends.extension:
         )
 
 
-# ---- what every backend's operators look like to a compiler ----
+# ---- what every backend's operators look like to a compiler; these run, and not a kernel, where one argument is on "meta" ----
+
+
+def _check_one_device(like: Tensor, *tensors: Tensor | None) -> None:
+    if strange := [tensor.device for tensor in tensors if tensor is not None and tensor.device != like.device]:
+        raise InputError(f"all tensors must be on one device, got one on {strange[0]} beside one on {like.device}")
 
 
 def _bn_forward_fake(x, residual, scale, shift, group_starts, act, slope):
+    _check_one_device(x, residual, scale, shift, group_starts)
     mean, var = _group_moments_fake(x, group_starts)
     shape = reference.mask_shape(x) if reference.needs_mask(residual is not None, act) else (0,)
     return torch.empty_like(x), mean, var, x.new_empty(shape, dtype=torch.uint8)
@@ -255,11 +261,13 @@ def _group_moments_backward_fake(x, mean, dmean, dvar, group_starts):
 
 def _bn_forward_with_targets_fake(x, residual, scale, shift, group_starts, *arguments):
     act, slope = arguments[4:6]
+    _check_one_device(x, *arguments[:3])
     y, mean, var, mask = _bn_forward_fake(x, residual, scale, shift, group_starts, act, slope)
     return y, mean, var, mask, mean.new_empty(()), torch.empty_like(mean), torch.empty_like(var)
 
 
 def _bn_loss_fake(mean, var, target_mean, target_var, classes, site_weights, *_options):
+    _check_one_device(*mean, *var, target_mean, target_var, classes, site_weights)
     groups, width = mean[0].shape[0], sum(site.shape[1] for site in mean)
     return (
         mean[0].new_empty(()),

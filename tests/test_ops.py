@@ -518,6 +518,22 @@ def test_bn_act_says_what_it_expected_and_got(change, message):
         ops.bn_act(arguments.pop("x"), arguments.pop("scale"), arguments.pop("shift"), **arguments)
 
 
+@pytest.mark.parametrize("name", ["residual", "scale", "shift", "group_starts", "target_mean", "target_var", "classes"])
+def test_one_argument_without_memory_is_an_error(name):
+    """A tensor on "meta" takes the whole operator there, whose outputs would be memory that nobody wrote."""
+    tensors = dict(x=X, residual=X, scale=ONE, shift=ZERO, target_mean=torch.zeros(2, 3), target_var=torch.ones(2, 3))
+    tensors |= dict(group_starts=torch.tensor([0, 4]), classes=torch.tensor([1]))
+    tensors[name] = tensors[name].to("meta")
+    with pytest.raises(InputError, match="meta"):
+        ops.bn_act_loss(**tensors, backend="cpp")
+    targets = {key: tensors.pop(key) for key in ("target_mean", "target_var", "classes")}
+    with pytest.raises(InputError, match="meta"):
+        if name in tensors:
+            ops.bn_act(**tensors, backend="cpp")
+        else:
+            ops.bn_loss([ZERO[None]], [ONE[None]], **targets, site_weights=ONE[:1], backend="cpp")
+
+
 def test_a_backend_that_cannot_run_on_the_device_is_an_error():
     with pytest.raises(BackendError, match="'cpp' was asked for a tensor on 'cuda' but runs on cpu"):
         backends.resolve("cpp", "cuda")
