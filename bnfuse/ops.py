@@ -112,6 +112,7 @@ def _group_moments_backward(backend, ctx, dmean, dvar):
 
 def _bn_forward_with_targets_setup(ctx, inputs, output):
     x, residual, scale, shift, group_starts, target_mean, target_var, classes, ctx.weight, act, slope, *ctx.options = inputs
+    _check_constants(target_mean=target_mean, target_var=target_var)
     _, mean, var, mask, _, dmean, dvar = output
     loss = var, target_mean, target_var, classes
     _keep_site(ctx, x, residual, scale, shift, group_starts, mean, mask, act, slope, dmean, dvar, *loss)
@@ -131,6 +132,8 @@ def _bn_forward_with_targets_backward(backend, ctx, dy, dmean, dvar, _dmask, dlo
 
 def _bn_loss_setup(ctx, inputs, output):
     mean, var, *targets_and_weights = inputs[:6]
+    target_mean, target_var, _, site_weights = targets_and_weights
+    _check_constants(target_mean=target_mean, target_var=target_var, site_weights=site_weights)
     ctx.set_materialize_grads(False)
     ctx.groups, ctx.channels, ctx.options = mean[0].shape[0], [site.shape[1] for site in mean], inputs[6:]
     ctx.save_for_backward(*output[2:], *mean, *var, *targets_and_weights)
@@ -398,7 +401,7 @@ def bn_act_loss(
     Parameters
     ----------
     x, scale, shift, group_starts, residual, act, slope, backend : as in `bn_act`
-    target_mean, target_var : [K, C], a row a class, or [1, C] for every group alike; in the moments' dtype
+    target_mean, target_var : [K, C], a row a class, or [1, C] for every group alike; in the moments' dtype, without gradient
     classes : int64 [G], each group's row of the targets; not needed where there is one row
     distance, use_std, eps, slack, mean_weight, var_weight : see `reference.bn_distance`
 
@@ -410,6 +413,8 @@ def bn_act_loss(
     ------
     As `bn_act`, and InputError for an unknown distance or targets that do not fit
     """
+    if isinstance(weight, Tensor):
+        _check_constants(weight=weight)
     run = operators(backend, x.device.type).bn_forward_with_targets
     targets = target_mean, target_var, classes, weight
     options = distance, use_std, eps, slack, mean_weight, var_weight
@@ -458,23 +463,31 @@ def _check_site(x, residual, scale, shift, group_starts, act, targets, options) 
             )
         residual = _match_layout(residual, x)
     if targets:
-        _check_targets(x, group_starts, *targets[:3], options[0])
+        if options[0] not in reference.DISTANCES:
+            raise InputError(f"unknown distance {options[0]!r}; choose one of {', '.join(reference.DISTANCES)}")
+        _check_targets(*targets[:3], len(group_starts) - 1, x.shape[1], dtype, x.device)
     return x, residual, group_starts
 
 
-def _check_targets(x, group_starts, target_mean, target_var, classes, distance) -> None:
-    if distance not in reference.DISTANCES:
-        raise InputError(f"unknown distance {distance!r}; choose one of {', '.join(reference.DISTANCES)}")
-    dtype, channels = reference.moment_dtype(x.dtype), x.shape[1]
+def _check_targets(target_mean, target_var, classes, groups: int, width: int, dtype, device) -> None:
     for name, values in (("target_mean", target_mean), ("target_var", target_var)):
-        fits = values.dim() == 2 and values.shape[1] == channels and values.shape[0] == target_mean.shape[0] > 0
-        if not fits or values.dtype != dtype or values.device != x.device:
-            raise InputError(
-                f"{name} must be {dtype} [K, {channels}] on {x.device}, a row a class, got {values.dtype} "
-                f"{list(values.shape)} on {values.device}"
-            )
+        fits = values.dim() == 2 and values.shape[1] == width and values.shape[0] == target_mean.shape[0] > 0
+        if not fits or values.dtype != dtype or values.device != device:
+            raise InputError(f"{name} must be {dtype} [K, {width}] on {device}, a row a class, got {_describe(values)}")
+    _check_constants(target_mean=target_mean, target_var=target_var)
     if len(target_mean) > 1:
-        _check_classes(classes, len(group_starts) - 1, len(target_mean), x.device)
+        _check_classes(classes, groups, len(target_mean), device)
+
+
+def _check_constants(**constants: Tensor) -> None:
+    """The loss is a function of the moments: what they are compared with, and how that weighs, gets no gradient anywhere."""
+    for name, values in constants.items():
+        if values.requires_grad:
+            raise InputError(f"{name} asks for a gradient, and the loss gives one to mean and var alone; detach it")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
 
 
 def _check_classes(classes: Tensor | None, groups: int, rows: int, device: torch.device) -> None:
@@ -531,9 +544,10 @@ def bn_loss(
 
     Parameters
     ----------
-    mean, var : for each of S sites [G, C] in site order, float32 or float64, all of one dtype
-    target_mean, target_var : [K, T], a row a class, T = ΣC; or [1, T] for every group alike; in the moments' dtype
-    site_weights : [S], in the moments' dtype
+    mean, var : list or tuple, for each of S sites [G, C] in site order, float32 or float64, all of one dtype
+    target_mean, target_var : [K, T], a row a class, T = ΣC; or [1, T] for every group alike; in the moments' dtype, without
+        gradient
+    site_weights : [S], in the moments' dtype, without gradient
     classes : int64 [G], each group's row of the targets; not needed where there is one row
     distance, use_std, eps, slack, mean_weight, var_weight : see `reference.bn_distance`
     backend : see `bnfuse.backends`
@@ -545,22 +559,51 @@ def bn_loss(
 
     Raises
     ------
-    InputError : an unknown distance, or targets of several classes without `classes`; on the reference, classes out of range
-    RuntimeError : shapes or dtypes that do not fit, on the compiled backends
+    InputError : an unknown distance; shapes, dtypes, devices or classes that do not fit
     """
     if distance in reference.EAGER_DISTANCES:
         backend = "reference"
     elif distance not in reference.DISTANCES:
         known = (*reference.DISTANCES, *reference.EAGER_DISTANCES)
         raise InputError(f"unknown distance {distance!r}; choose one of {', '.join(known)}")
+    for name, sites in (("mean", mean), ("var", var)):
+        if not isinstance(sites, (list, tuple)):
+            raise InputError(f"{name} must be a list or tuple of [G, C] tensors, one a site, got a {type(sites).__name__}")
     if not mean:
         raise InputError("bn_loss needs the moments of at least one site, got none")
     backend = backends.resolve(backend, mean[0].device.type)
-    if len(target_mean) > 1 and (classes is None or backend == "reference"):  # an index of eager PyTorch may be negative
-        _check_classes(classes, len(mean[0]), len(target_mean), mean[0].device)
+    run = OPERATORS[backend].bn_loss
+    arguments = list(mean), list(var), target_mean, target_var, classes, site_weights
     options = distance, use_std, eps, slack, mean_weight, var_weight
-    loss = OPERATORS[backend].bn_loss
-    return loss(list(mean), list(var), target_mean, target_var, classes, site_weights, *options)[:2]
+    # As a site's: kernels check what they are given, the reference does not.
+    if backend == "reference" or torch.compiler.is_compiling():
+        _check_loss(*arguments)
+        return run(*arguments, *options)[:2]
+    try:
+        return run(*arguments, *options)[:2]
+    except RuntimeError:
+        _check_loss(*arguments)
+        raise
+
+
+def _check_loss(mean: list[Tensor], var: list[Tensor], target_mean, target_var, classes, site_weights) -> None:
+    dtype, device, groups = mean[0].dtype, mean[0].device, mean[0].shape[:1]
+    if dtype not in (torch.float32, torch.float64):
+        raise InputError(f"mean must be float32 or float64, got {_describe(mean[0])}")
+    if len(var) != len(mean):
+        raise InputError(f"var must have one tensor a site, {len(mean)} as mean has, got {len(var)}")
+    for site, (site_mean, site_var) in enumerate(zip(mean, var)):
+        if site_mean.dim() != 2 or site_mean.shape[:1] != groups or site_mean.dtype != dtype or site_mean.device != device:
+            raise InputError(
+                f"mean must be [G, C] at every site, of one G, dtype and device: site 0 has {_describe(mean[0])}, site {site} "
+                f"{_describe(site_mean)}"
+            )
+        if site_var.shape != site_mean.shape or site_var.dtype != dtype or site_var.device != device:
+            raise InputError(f"var must be like mean, at site {site} {_describe(site_mean)}, got {_describe(site_var)}")
+    _check_targets(target_mean, target_var, classes, groups[0], sum(site.shape[1] for site in mean), dtype, device)
+    if site_weights.shape != (len(mean),) or site_weights.dtype != dtype or site_weights.device != device:
+        raise InputError(f"site_weights must be {dtype} [{len(mean)}] on {device}, one a site, got {_describe(site_weights)}")
+    _check_constants(site_weights=site_weights)
 
 
 def _check_x(x: Tensor) -> Tensor:
@@ -573,7 +616,7 @@ def _check_x(x: Tensor) -> Tensor:
 
 def _is_dense(x: Tensor) -> bool:
     """Contiguous, or channels_last in any number of spatial dimensions: the two layouts the kernels walk."""
-    return x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+    return x.is_contiguous() or x.dim() > 1 and x.movedim(1, -1).is_contiguous()
 
 
 def _match_layout(tensor: Tensor, x: Tensor) -> Tensor:
@@ -585,6 +628,8 @@ def check_group_starts(group_starts: Tensor | None, x: Tensor) -> Tensor:
     """The groups of x's samples, int64 [G + 1] on x's device; one group where none are given. InputError if they do not fit."""
     if group_starts is None:
         return _one_group(x)
+    if not isinstance(group_starts, Tensor):
+        raise InputError(f"group_starts must be a tensor, int64 [G + 1], got a {type(group_starts).__name__}")
     if group_starts.dtype != torch.int64 or group_starts.dim() != 1 or len(group_starts) < 2:
         raise InputError(
             f"group_starts must be int64 [G + 1] with at least one group, got {group_starts.dtype} {list(group_starts.shape)}"

@@ -493,6 +493,8 @@ ONE, ZERO = torch.ones(3), torch.zeros(3)
         (dict(x=X.long()), r"x must be one of torch.float32, .*, got torch.int64"),
         (dict(x=X[0, 0, 0]), r"x must be \[N, C, \*spatial\] with 0 to 3 spatial dimensions, got shape \[2\]"),
         (dict(x=torch.zeros(1, 3, 1, 1, 1, 1)), r"0 to 3 spatial dimensions, got shape \[1, 3, 1, 1, 1, 1\]"),
+        (dict(x=torch.zeros(8)[::2], group_starts=torch.tensor([0, 4])), r"with 0 to 3 spatial dimensions, got shape \[4\]"),
+        (dict(group_starts=[0, 4]), r"group_starts must be a tensor, int64 \[G \+ 1\], got a list"),
         (dict(scale=torch.ones(4)), r"scale must be torch.float32 \[3\] .* got torch.float32 \[4\]"),
         (dict(shift=ZERO.double()), r"shift must be torch.float32 \[3\] .* got torch.float64 \[3\]"),
         (dict(x=X.double()), r"scale must be torch.float64 \[3\] .* got torch.float32 \[3\]"),
