@@ -19,10 +19,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import BackendError, InputError
+from .errors import BackendError, BnfuseError, InputError
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 ENVIRONMENT_VARIABLE = "BNFUSE_BACKEND"
+INSTRUCTION_SET_VARIABLE = "BNFUSE_INSTRUCTION_SET"  # read by csrc/cpu/instruction_set.cpp when the extension is loaded
 OLDEST_TRITON_DEVICE = (8, 0)  # compute capability
 
 try:
@@ -56,7 +57,14 @@ def _cpp() -> Backend:
     return Backend("cpp", True, ("cpu",), reason)
 
 
+def _instruction_set_was_refused() -> bool:
+    """Whether the extension is there, and what the environment asks of it is not."""
+    return extension is None and INSTRUCTION_SET_VARIABLE in str(_extension_error)
+
+
 def _no_extension() -> str:
+    if _instruction_set_was_refused():
+        return str(_extension_error)
     return f"the C++ extension cannot be loaded ({_extension_error}); build it with `pip install --no-build-isolation -e .`"
 
 
@@ -110,17 +118,24 @@ def resolve(backend: str, device_type: str) -> str:
     """The backend that runs on a device type.
 
     `backend` may be a name or "auto"; "auto" first asks the environment variable BNFUSE_BACKEND, then takes the fastest
-    available. Raises BackendError when a backend asked for by name cannot run there, InputError when there is no such name.
+    available. Raises BackendError when a backend or an instruction set asked for by name cannot run there, InputError when
+    there is no such backend.
     """
-    if backend == "auto":
-        backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-    return _resolve(backend, device_type)
+    asked = os.environ.get(ENVIRONMENT_VARIABLE) or "auto" if backend == "auto" else backend
+    try:
+        return _resolve(asked, device_type)
+    except BnfuseError as error:
+        if asked == backend:
+            raise
+        raise type(error)(f"{ENVIRONMENT_VARIABLE}={asked} in the environment: {error}") from None
 
 
 @functools.cache
 def _resolve(backend: str, device_type: str) -> str:
     check_name(backend)
     if backend == "auto":
+        if _instruction_set_was_refused():
+            raise BackendError(_no_extension())
         candidates = [b for b in describe() if device_type in b.devices and b.automatic]
         chosen = next((b for b in candidates if b.available), _description("reference"))
         if chosen.name == "reference" and len(candidates) > 1:

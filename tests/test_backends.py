@@ -5,6 +5,9 @@ GPU they run in Triton's interpreter.
 """
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -96,8 +99,25 @@ def test_the_environment_chooses_for_auto_alone(fresh_choice, monkeypatch):
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "reference")
     assert backends.resolve("auto", "cpu") == "reference" and backends.resolve("cpp", "cpu") == "cpp"
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "fast")
-    with pytest.raises(InputError, match="unknown backend 'fast'"):
+    with pytest.raises(InputError, match="BNFUSE_BACKEND=fast in the environment: unknown backend 'fast'; choose one of auto"):
         backends.resolve("auto", "cpu")
+    with pytest.raises(InputError, match="^unknown backend 'slow'"):
+        backends.resolve("slow", "cpu")
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "cpp")
+    with pytest.raises(BackendError, match="BNFUSE_BACKEND=cpp in the environment: .* asked for a tensor on 'cuda'"):
+        backends.resolve("auto", "cuda")
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpp"])
+def test_an_unknown_instruction_set_is_an_error_and_no_reason_to_be_slow(backend):
+    program = "import torch, bnfuse; print(bnfuse.ops.group_moments(torch.ones(2, 3), backend='reference')[0].tolist())\n"
+    program += f"bnfuse.ops.group_moments(torch.ones(2, 3), backend={backend!r})"
+    environment = {**os.environ, "BNFUSE_INSTRUCTION_SET": "avx"}
+    environment.pop("BNFUSE_BACKEND", None)
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert "BackendError: " in ran.stderr and "BNFUSE_INSTRUCTION_SET is 'avx', expected one of " in ran.stderr
+    assert "pip install" not in ran.stderr and "slow reference" not in ran.stderr
+    assert "[[1.0, 1.0, 1.0]]" in ran.stdout
 
 
 # ---- the operators on Triton ----
