@@ -1,4 +1,4 @@
-"""Every operator's life on one screen: schema, implementations, fake, autograd, and the checked public function.
+"""Every operator's whole life: schema, implementations, autograd, fake, and at the end the checked public functions.
 
     bn_act(x, scale, shift, …)                → y, mean, var         one BatchNorm site: output and the moments of its input
     bn_act_loss(x, scale, shift, targets, …)  → y, loss, mean, var   the same with the distance from the site's targets
@@ -24,6 +24,7 @@ from .errors import InputError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+# bnfuse_cpp defines its own, word for word the same, in csrc/.
 SCHEMAS = {
     # y = act(scale·x + shift (+ residual)), and the moments of x
     "bn_forward": "(Tensor x, Tensor? residual, Tensor scale, Tensor shift, Tensor group_starts, str act, float slope) "

@@ -393,6 +393,12 @@ def operator_arguments(backend: str, layout: str, act: str, residual: bool):
     }
 
 
+def test_the_schemas_in_python_are_those_in_c():
+    for name, schema in (ops.SCHEMAS | ops.COMPILED_SCHEMAS).items():
+        compiled = getattr(torch.ops.bnfuse_cpp, name).default._schema
+        assert str(compiled) == str(torch._C.parse_schema(f"bnfuse_cpp::{name}{schema}"))
+
+
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("operator", ["bn_forward", "bn_backward", "group_moments", "group_moments_backward"])
