@@ -272,7 +272,10 @@ def ablations(problem: Problem) -> list[Case]:
         if variant.towards in (None, problem.recipe)
         for labels in variant.labels
     ]
-    return list({case.work: case for case in reversed(cases)}.values())[::-1]  # the first of each
+    first: dict[tuple, Case] = {}
+    for case in cases:
+        first.setdefault(case.work, case)
+    return list(first.values())
 
 
 def _case(problem: Problem, source, variant: str | None, labels, ipc, student, seed, images: int) -> Case:
