@@ -18,6 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # As triton itself decides when it meets @triton.jit: whether kernels run on the CPU, one program after the other, in numpy.
 INTERPRETED = triton.knobs.runtime.interpret
 ALIGNMENT = 16  # bytes, of the widest access
+MOST_PLANE = 2**30  # elements: what is left of a plane is counted in 32 bits, a tile beyond its end included
 
 
 def describe(tensor: Tensor) -> str:
@@ -113,8 +114,10 @@ def check_x(x: Tensor, group_starts: Tensor) -> Walk:
             f"group_starts must be int64 [G + 1] on {x.device} with at least one group, got {describe(group_starts)}"
         )
     n, c = x.shape[:2]
-    planes = not reference.is_channels_last(x)
-    return Walk(planes, n, c, x.numel() // max(1, n * c), len(group_starts) - 1, x.dtype)
+    planes, plane = not reference.is_channels_last(x), x.numel() // max(1, n * c)
+    if planes and plane > MOST_PLANE:
+        raise InputError(f"x has planes of {plane} elements, more than {MOST_PLANE}")
+    return Walk(planes, n, c, plane, len(group_starts) - 1, x.dtype)
 
 
 def check_like_x(name: str, tensor: Tensor | None, x: Tensor) -> Tensor | None:

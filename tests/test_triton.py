@@ -811,6 +811,20 @@ def test_forward_says_what_it_expected_and_got(change, message):
         kernels.bn_forward(*{**given, **change}.values())
 
 
+def test_planes_that_32_bits_do_not_count_are_refused(monkeypatch):
+    monkeypatch.setattr(boundary, "check_device", lambda tensor: None)
+    starts = torch.empty(2, dtype=torch.int64, device="meta")
+    for plane in (2**30 + 1, 2**31):
+        x = torch.empty(1, 2, plane, device="meta")
+        with pytest.raises(InputError, match=f"x has planes of {plane} elements, more than {2**30}"):
+            kernels.bn_forward(x, None, *torch.empty(2, 2, device="meta"), starts, "relu", 0.0)
+        with pytest.raises(InputError, match=f"x has planes of {plane} elements"):
+            kernels.group_moments_backward(x, torch.empty(1, 2, device="meta"), None, None, starts)
+    assert boundary.check_x(torch.empty(1, 2, 2**30, device="meta"), starts).planes
+    rows = torch.empty(1, 2**31, 2, device="meta").movedim(-1, 1)
+    assert not boundary.check_x(rows, starts).planes
+
+
 def test_backward_says_what_it_expected_and_got():
     no_mask = torch.empty(0, dtype=torch.uint8, device=DEVICE)
     moments = torch.zeros(1, 3, device=DEVICE)
