@@ -98,8 +98,8 @@ def cut(walk: Walk, config: Config) -> Cut:
 def walk_arguments(walk: Walk, work: Cut) -> tuple[int, ...]:
     """What the walks of both directions take after `groups`, in their order."""
     if walk.planes:
-        return walk.channels, walk.plane // walk.unit, work.chunk_units, work.segment_tiles, work.segments
-    return walk.sample_units, walk.channels // walk.unit, work.chunk_units
+        return walk.samples, walk.channels, walk.plane // walk.unit, work.chunk_units, work.segment_tiles, work.segments
+    return walk.samples, walk.sample_units, walk.channels // walk.unit, work.chunk_units
 
 
 # ---- the heuristic ----

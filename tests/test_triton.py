@@ -11,6 +11,7 @@ import math
 import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -782,6 +783,67 @@ def test_a_spoilt_cache_is_an_error_that_says_what_to_do(autotuned):
     tuning.cache_path().write_text("{")
     with pytest.raises(InputError, match=r"triton\.json does not hold the JSON of measured configurations: .*; delete it"):
         tuning.choose("forward_rows", walk(), None)
+
+
+# ---- groups that do not fit x, which the host cannot see ----
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """What a kernel touches outside of its tensors is an error. A tensor's own elements alone count, not all of its memory."""
+    interpreter, launch = pytest.importorskip("triton.runtime.interpreter"), boundary.launch
+    allowed = []
+
+    def launch_watched(kernel, programs, *arguments, **options):
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        allowed[:] = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
+        launch(kernel, programs, *arguments, **options)
+
+    def check(pointers, mask):
+        touched = pointers.data[mask.data]
+        inside = np.zeros(touched.shape, bool)
+        for begin, end in allowed:
+            inside |= (touched >= begin) & (touched < end)
+        assert inside.all(), "an access outside of every tensor"
+
+    def watch(name, place):
+        access = getattr(interpreter.InterpreterBuilder, name)
+
+        def checked(self, pointers, *arguments):
+            check(pointers, arguments[place])
+            return access(self, pointers, *arguments)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, name, checked)
+
+    watch("create_masked_load", 0)
+    watch("create_masked_store", 1)
+    monkeypatch.setattr(boundary, "launch", launch_watched)
+
+
+@pytest.mark.skipif(not boundary.INTERPRETED, reason="only the interpreter sees each access")
+@pytest.mark.parametrize(
+    "starts", [[0, -5, 9], [0, 3, 99], [4, 2, 0], [0, 0, 0], [2**62, -(2**62), 7], [5, 99], [0, 8], [6, 0, 6, 0, 6]], ids=str
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_wrong_group_starts_lead_nowhere_outside_of_x(watched, starts, layout, cut):
+    """What comes out is undefined."""
+    case = make_case((6, 8, 3, 3), layout=layout, residual=True, act="silu")
+    case.group_starts, like = torch.tensor(starts), torch.ones(len(starts) - 1, 8)
+    case.dmean = case.dvar = like
+    with pinned(cut):
+        forward(case)
+        kernels.bn_backward(*backward_arguments(case, like, torch.empty(0, dtype=torch.uint8)))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_groups_beyond_the_batch_end_with_it(layout):
+    memory = torch.full((9, 2, 3, 3), math.nan, device=DEVICE)
+    memory = memory.to(memory_format=torch.channels_last) if layout == "channels_last" else memory
+    x = memory[:6].fill_(1.0)
+    for starts in ([0, 8], [-2, 8], [0, 3, 8]):
+        mean, var = kernels.group_moments(x, torch.tensor(starts, device=DEVICE))
+        assert (mean == 1).all() and not var.any(), starts
 
 
 # ---- what is refused ----
