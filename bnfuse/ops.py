@@ -494,7 +494,11 @@ def bn_act_unchecked(
 
 
 def group_moments(x: Tensor, group_starts: Tensor | None = None, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of x [N, C, *spatial] over each group: two [G, C]. Arguments and errors as in `bn_act`."""
+    """Mean and biased variance of x [N, C, *spatial] over each group: two [G, C]. Arguments and errors as in `bn_act`.
+
+    The same call gives the same bits. Those of `bn_act` for the same x, and with one or another activation or residual, may
+    differ from them in their last bits on CUDA, where each kernel cuts x to suit its registers.
+    """
     x = _check_x(x)
     return operators(backend, x.device.type).group_moments(x, check_group_starts(group_starts, x))
 
