@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -641,7 +641,7 @@ def test_a_graph_captures_a_whole_step_and_replays_it_on_new_values(layout):
 
 def walk(**changes) -> boundary.Walk:
     given = {"planes": False, "samples": 256, "channels": 64, "plane": 112 * 112, "groups": 1, "dtype": torch.bfloat16}
-    return boundary.Walk(**{**given, **changes})
+    return boundary.Walk(**{**given, "device": torch.device("cpu"), **changes})
 
 
 @given(
@@ -692,6 +692,15 @@ def test_pinned_configurations_hold_in_every_thread_and_end_with_the_block():
             ask()
     ask()
     assert seen == [second, first, tuning.heuristic("forward_rows", walk())]
+
+
+def test_a_pinned_block_takes_its_own_entry_away():
+    first, second = Config(4, 256, 16), Config(2, 64, 3)
+    with kernels.pinned(forward_rows=first), kernels.pinned(forward_rows=second):
+        with kernels.pinned(forward_rows=first):
+            assert tuning.choose("forward_rows", walk(), None) == first
+        assert tuning.choose("forward_rows", walk(), None) == second
+    assert tuning.choose("forward_rows", walk(), None) == tuning.heuristic("forward_rows", walk())
 
 
 def test_the_environment_pins_configurations(monkeypatch, tmp_path):
@@ -755,6 +764,37 @@ def test_what_was_measured_is_kept_for_its_class_of_shapes(autotuned, monkeypatc
     monkeypatch.setattr(tuning, "_device_name", lambda: "another GPU")
     autotuned.clear()
     assert tuning.choose("forward_rows", walk(), None) == chosen and autotuned
+
+
+def test_what_another_process_found_first_is_taken(autotuned, monkeypatch):
+    found = Config(16, 64, 5)
+
+    def measure(run, config):  # meanwhile the other process writes
+        machine, shapes = f"GPU, triton {triton.__version__}", tuning.shape_class("forward_rows", walk())
+        tuning.cache_path().parent.mkdir(exist_ok=True)
+        tuning.cache_path().write_text(json.dumps({machine: {shapes: asdict(found)}}))
+        return 1.0
+
+    monkeypatch.setattr(tuning, "measure", measure)
+    assert tuning.choose("forward_rows", walk(), None) == found
+    assert json.loads(tuning.cache_path().read_text()).popitem()[1].popitem()[1] == asdict(found)
+
+
+def test_what_is_measured_runs_on_the_device_of_x(autotuned, monkeypatch):
+    current = [torch.device("cuda", 0)]
+
+    @contextlib.contextmanager
+    def device(chosen):
+        current.append(chosen)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(tuning, "_device_name", lambda: f"GPU {current[-1].index}")
+    monkeypatch.setattr(tuning, "measure", lambda run, config: autotuned.append(current[-1].index) or 1.0)
+    tuning.choose("forward_rows", walk(device=torch.device("cuda", 1)), None)
+    assert set(autotuned) == {1} and len(current) == 1
+    assert [*json.loads(tuning.cache_path().read_text())] == [f"GPU 1, triton {triton.__version__}"]
 
 
 def test_nothing_is_measured_while_a_graph_is_captured(autotuned, monkeypatch):
