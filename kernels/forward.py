@@ -212,6 +212,7 @@ def forward_planes(
     tl.store(partial_var_ptr + at, (pooled_m2 / (samples.to(tl.float64) * length)).to(accumulator), mask=in_channels)
 
 
+# Of the integers `segments` alone is compiled in where it is 1, as for rows and most planes: no index is divided by it then.
 @triton.jit(
     do_not_specialize=(
         *("groups", "batch", "channels", "sample_units", "chunk_units", "most_chunks", "segment", "plane"),
