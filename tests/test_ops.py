@@ -150,7 +150,8 @@ def test_agrees_for_every_kernel(dtype, act, residual):
         ((13, 3, 7, 7), "contiguous"),  # tiles of planes of several samples, which the groups cut
         ((7, 37, 5, 9), "offset"),  # the same, and no plane is aligned
         ((3, 70, 25, 25), "contiguous"),  # a sample in several pieces
-        ((200, 5, 3, 3), "contiguous"),  # tiny planes
+        ((200, 5, 3, 3), "contiguous"),  # tiny planes: several samples a row of the tile, some left over
+        ((40, 70, 3, 3), "contiguous"),  # tiny planes of many channels
         ((3, 3, 71, 73), "channels_last"),  # few channels: several positions a row of the tile, some left over
         ((3, 70, 31, 33), "channels_last"),  # several tiles and chunks of rows
         ((3, 523, 9, 11), "channels_last"),  # channels in several tiles
