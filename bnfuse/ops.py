@@ -400,8 +400,9 @@ def bn_act_loss(
 
     Raises
     ------
-    As `bn_act`, and InputError for an unknown distance or targets that do not fit
+    As `bn_act`, and InputError for an unknown distance, targets that do not fit or an x without channels
     """
+    _check_channels("x", x)
     run = operators(backend, x.device.type).bn_forward_with_targets
     targets = target_mean, target_var, classes, weight
     options = distance, use_std, eps, slack, mean_weight, var_weight
@@ -469,6 +470,16 @@ def _check_targets(x, group_starts, target_mean, target_var, classes, distance) 
         _check_classes(classes, len(group_starts) - 1, len(target_mean), x.device)
 
 
+def _check_channels(name: str, *tensors: Tensor) -> None:
+    """Of no channels there is no distance from targets: some distances are means over channels."""
+    for tensor in tensors:
+        if not tensor.numel() and tensor.dim() > 1 and tensor.shape[1] == 0:
+            raise InputError(
+                f"{name} must have at least one channel to be held against targets, got shape {list(tensor.shape)}; leave the "
+                "site out"
+            )
+
+
 def _check_classes(classes: Tensor | None, groups: int, rows: int, device: torch.device) -> None:
     if classes is None:
         raise InputError("class-wise targets need the class of each group: pass classes, int64 [G]")
@@ -494,7 +505,11 @@ def bn_act_unchecked(
 
 
 def group_moments(x: Tensor, group_starts: Tensor | None = None, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of x [N, C, *spatial] over each group: two [G, C]. Arguments and errors as in `bn_act`."""
+    """Mean and biased variance of x [N, C, *spatial] over each group: two [G, C]. Arguments and errors as in `bn_act`.
+
+    The same call gives the same bits. Those of `bn_act` for the same x, and with one or another activation or residual, may
+    differ from them in their last bits on CUDA, where each kernel cuts x to suit its registers.
+    """
     x = _check_x(x)
     return operators(backend, x.device.type).group_moments(x, check_group_starts(group_starts, x))
 
@@ -537,7 +552,8 @@ def bn_loss(
 
     Raises
     ------
-    InputError : an unknown distance, or targets of several classes without `classes`; on the reference, classes out of range
+    InputError : an unknown distance, a site without channels, or targets of several classes without `classes`; on the
+        reference, classes out of range
     RuntimeError : shapes or dtypes that do not fit, on the compiled backends
     """
     if distance in reference.EAGER_DISTANCES:
@@ -547,6 +563,7 @@ def bn_loss(
         raise InputError(f"unknown distance {distance!r}; choose one of {', '.join(known)}")
     if not mean:
         raise InputError("bn_loss needs the moments of at least one site, got none")
+    _check_channels("the mean of every site", *mean)
     backend = backends.resolve(backend, mean[0].device.type)
     if len(target_mean) > 1 and (classes is None or backend == "reference"):  # an index of eager PyTorch may be negative
         _check_classes(classes, len(mean[0]), len(target_mean), mean[0].device)
@@ -574,7 +591,10 @@ def _match_layout(tensor: Tensor, x: Tensor) -> Tensor:
 
 
 def check_group_starts(group_starts: Tensor | None, x: Tensor) -> Tensor:
-    """The groups of x's samples, int64 [G + 1] on x's device; one group where none are given. InputError if they do not fit."""
+    """The groups of x's samples, int64 [G + 1] on x's device; one group where none are given. InputError if they do not fit.
+
+    What comes back may be shared, with the caller's tensor or between all callers that give none: it must not be changed.
+    """
     if group_starts is None:
         return _one_group(x)
     if group_starts.dtype != torch.int64 or group_starts.dim() != 1 or len(group_starts) < 2:
@@ -597,8 +617,10 @@ def _one_group(x: Tensor) -> Tensor:
     return _cached_one_group(x.shape[0], x.device)
 
 
-@functools.lru_cache(maxsize=64)
+# None is ever let go: a captured CUDA graph reads the tensor's memory at each replay, and nothing else keeps that alive.
+@functools.cache
 def _cached_one_group(samples: int, device: torch.device) -> Tensor:
+    """int64 [2], shared by all that ask: it must not be changed in place."""
     with torch.inference_mode(False):  # or no later pass could keep it for backward
         return torch.tensor([0, samples], device=device)
 

@@ -473,6 +473,30 @@ def test_bn_act_says_what_it_expected_and_got(change, message):
         ops.bn_act(arguments.pop("x"), arguments.pop("scale"), arguments.pop("shift"), **arguments)
 
 
+def test_the_groups_that_a_graph_has_captured_are_never_let_go():
+    """Nothing but bnfuse keeps the memory that each replay reads, however many batch sizes come after it."""
+    first = ops.check_group_starts(None, torch.empty(7, 1))
+    for samples in range(1000, 1200):
+        ops.check_group_starts(None, torch.empty(samples, 1))
+    assert ops.check_group_starts(None, torch.empty(7, 1)) is first
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+def test_nothing_without_channels_is_held_against_targets(backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("Triton is not interpreted where there is a GPU")
+    x, none, table = torch.zeros(4, 0, 2), torch.zeros(0), torch.zeros(1, 0)
+    with pytest.raises(InputError, match=r"x must have at least one channel to be held against targets, got shape \[4, 0, 2\]"):
+        ops.bn_act_loss(x, none, none, table, table, group_starts=torch.tensor([0, 4]), backend=backend)
+    moments = [torch.ones(1, 2), torch.ones(1, 0)]
+    for sites in (moments, moments[1:]):
+        targets = torch.ones(1, sum(site.shape[1] for site in sites))
+        with pytest.raises(InputError, match=r"the mean of every site must have at least one channel .* got shape \[1, 0\]"):
+            ops.bn_loss(sites, sites, targets, targets, torch.ones(len(sites)), backend=backend)
+
+
 def test_a_backend_that_cannot_run_on_the_device_is_an_error():
     with pytest.raises(BackendError, match="'cpp' was asked for a tensor on 'cuda' but runs on cpu"):
         backends.resolve("cpp", "cuda")
