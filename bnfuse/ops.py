@@ -412,8 +412,9 @@ def bn_act_loss(
 
     Raises
     ------
-    As `bn_act`, and InputError for an unknown distance or targets that do not fit
+    As `bn_act`, and InputError for an unknown distance, targets that do not fit or an x without channels
     """
+    _check_channels("x", x)
     if isinstance(weight, Tensor):
         _check_constants(weight=weight)
     run = operators(backend, x.device.type).bn_forward_with_targets
@@ -491,6 +492,16 @@ def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
 
 
+def _check_channels(name: str, *tensors: Tensor) -> None:
+    """Of no channels there is no distance from targets: some distances are means over channels."""
+    for tensor in tensors:
+        if not tensor.numel() and tensor.dim() > 1 and tensor.shape[1] == 0:
+            raise InputError(
+                f"{name} must have at least one channel to be held against targets, got shape {list(tensor.shape)}; leave the "
+                "site out"
+            )
+
+
 def _check_classes(classes: Tensor | None, groups: int, rows: int, device: torch.device) -> None:
     if classes is None:
         raise InputError("class-wise targets need the class of each group: pass classes, int64 [G]")
@@ -516,7 +527,11 @@ def bn_act_unchecked(
 
 
 def group_moments(x: Tensor, group_starts: Tensor | None = None, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of x [N, C, *spatial] over each group: two [G, C]. Arguments and errors as in `bn_act`."""
+    """Mean and biased variance of x [N, C, *spatial] over each group: two [G, C]. Arguments and errors as in `bn_act`.
+
+    The same call gives the same bits. Those of `bn_act` for the same x, and with one or another activation or residual, may
+    differ from them in their last bits on CUDA, where each kernel cuts x to suit its registers.
+    """
     x = _check_x(x)
     return operators(backend, x.device.type).group_moments(x, check_group_starts(group_starts, x))
 
@@ -560,7 +575,7 @@ def bn_loss(
 
     Raises
     ------
-    InputError : an unknown distance; shapes, dtypes, devices or classes that do not fit
+    InputError : an unknown distance, or a site without channels; shapes, dtypes, devices or classes that do not fit
     """
     if distance in reference.EAGER_DISTANCES:
         backend = "reference"
@@ -572,6 +587,7 @@ def bn_loss(
             raise InputError(f"{name} must be a list or tuple of [G, C] tensors, one a site, got a {type(sites).__name__}")
     if not mean:
         raise InputError("bn_loss needs the moments of at least one site, got none")
+    _check_channels("the mean of every site", *mean)
     backend = backends.resolve(backend, mean[0].device.type)
     run = OPERATORS[backend].bn_loss
     arguments = list(mean), list(var), target_mean, target_var, classes, site_weights
@@ -626,7 +642,10 @@ def _match_layout(tensor: Tensor, x: Tensor) -> Tensor:
 
 
 def check_group_starts(group_starts: Tensor | None, x: Tensor) -> Tensor:
-    """The groups of x's samples, int64 [G + 1] on x's device; one group where none are given. InputError if they do not fit."""
+    """The groups of x's samples, int64 [G + 1] on x's device; one group where none are given. InputError if they do not fit.
+
+    What comes back may be shared, with the caller's tensor or between all callers that give none: it must not be changed.
+    """
     if group_starts is None:
         return _one_group(x)
     if not isinstance(group_starts, Tensor):
@@ -651,8 +670,10 @@ def _one_group(x: Tensor) -> Tensor:
     return torch.arange(2, device=x.device) * x.shape[0]
 
 
-@functools.lru_cache(maxsize=64)
+# None is ever let go: a captured CUDA graph reads the tensor's memory at each replay, and nothing else keeps that alive.
+@functools.cache
 def _cached_one_group(samples: int, device: torch.device) -> Tensor:
+    """int64 [2], shared by all that ask: it must not be changed in place."""
     with torch.inference_mode(False):  # or no later pass could keep it for backward
         return torch.tensor([0, samples], device=device)
 

@@ -90,9 +90,39 @@ class FakeExtension:
 def test_cuda_kernels_run_where_machine_code_was_built_for(monkeypatch, capability, available, reason):
     monkeypatch.setattr(backends, "extension", FakeExtension)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     found = backends._cuda()
     assert found.available == available and reason in found.reason
+    assert "CUDA_VISIBLE_DEVICES" not in found.reason
+
+
+@needs_no_gpu
+@needs_triton
+def test_every_visible_device_must_fit(monkeypatch):
+    """The choice is made once for all of them, and not by whichever is the current one."""
+    capabilities = [(9, 0), (7, 5), (8, 0)]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends, "extension", FakeExtension)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: capabilities[index])
+    for found in (backends._cuda(), backends._triton()):
+        assert not found.available
+        assert "the device is sm_75" in found.reason
+        assert found.reason.endswith(", or leave cuda:1 out of CUDA_VISIBLE_DEVICES")
+    capabilities[1] = 9, 0
+    for found in (backends._cuda(), backends._triton()):
+        assert found.available and "sm_90, sm_80" in found.reason
+
+
+@needs_triton
+@pytest.mark.parametrize("value", ["1", "true", "Yes", "ON", "y", "0", "false", "2", ""])
+def test_the_interpreter_is_asked_for_in_tritons_own_words(monkeypatch, value):
+    from triton import knobs
+
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert backends._triton_interprets() == knobs.runtime.interpret
 
 
 def test_the_environment_chooses_for_auto_alone(fresh_choice, monkeypatch):

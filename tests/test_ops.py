@@ -153,7 +153,8 @@ def test_agrees_for_every_kernel(dtype, act, residual):
         ((13, 3, 7, 7), "contiguous"),  # tiles of planes of several samples, which the groups cut
         ((7, 37, 5, 9), "offset"),  # the same, and no plane is aligned
         ((3, 70, 25, 25), "contiguous"),  # a sample in several pieces
-        ((200, 5, 3, 3), "contiguous"),  # tiny planes
+        ((200, 5, 3, 3), "contiguous"),  # tiny planes: several samples a row of the tile, some left over
+        ((40, 70, 3, 3), "contiguous"),  # tiny planes of many channels
         ((3, 3, 71, 73), "channels_last"),  # few channels: several positions a row of the tile, some left over
         ((3, 70, 31, 33), "channels_last"),  # several tiles and chunks of rows
         ((3, 523, 9, 11), "channels_last"),  # channels in several tiles
@@ -540,6 +541,30 @@ def test_one_argument_without_memory_is_an_error(name):
             ops.bn_act(**tensors, backend="cpp")
         else:
             ops.bn_loss([ZERO[None]], [ONE[None]], **targets, site_weights=ONE[:1], backend="cpp")
+
+
+def test_the_groups_that_a_graph_has_captured_are_never_let_go():
+    """Nothing but bnfuse keeps the memory that each replay reads, however many batch sizes come after it."""
+    first = ops.check_group_starts(None, torch.empty(7, 1))
+    for samples in range(1000, 1200):
+        ops.check_group_starts(None, torch.empty(samples, 1))
+    assert ops.check_group_starts(None, torch.empty(7, 1)) is first
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+def test_nothing_without_channels_is_held_against_targets(backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("Triton is not interpreted where there is a GPU")
+    x, none, table = torch.zeros(4, 0, 2), torch.zeros(0), torch.zeros(1, 0)
+    with pytest.raises(InputError, match=r"x must have at least one channel to be held against targets, got shape \[4, 0, 2\]"):
+        ops.bn_act_loss(x, none, none, table, table, group_starts=torch.tensor([0, 4]), backend=backend)
+    moments = [torch.ones(1, 2), torch.ones(1, 0)]
+    for sites in (moments, moments[1:]):
+        targets = torch.ones(1, sum(site.shape[1] for site in sites))
+        with pytest.raises(InputError, match=r"the mean of every site must have at least one channel .* got shape \[1, 0\]"):
+            ops.bn_loss(sites, sites, targets, targets, torch.ones(len(sites)), backend=backend)
 
 
 def test_a_backend_that_cannot_run_on_the_device_is_an_error():
