@@ -25,7 +25,7 @@ from contenders import precompile
 from report import terminal_tables
 from results_file import device_name, slug, write_result
 from sites import DTYPES, LAYOUTS, NETWORKS, all_sites, quick_sites
-from summary import SUMMARIES
+from summary import SUMMARIES, with_sums
 from timing import OPERATOR_LIMITS, QUICK_STEP_LIMITS, STEP_LIMITS, CudaInstant, Limits, Machine, bandwidth
 
 DEFAULT_THREADS = 2
@@ -162,7 +162,9 @@ def pytest_generate_tests(metafunc):
         counts = _counts(metafunc.config)
         compiled = {site: not networks.keys().isdisjoint(settings.compile_for) for site, networks in counts.items()}
         sites = quick_sites(counts) if settings.quick else compiled  # whether to compile for it
-        directions = ["both"] if settings.quick else ["forward", "backward", "both"]
+        directions = ["forward", "backward"]  # on a GPU the two together are their sum, see summary.with_sums
+        if settings.device.type == "cpu":
+            directions = ["both"] if settings.quick else [*directions, "both"]
         metafunc.parametrize("verified", sites.items(), ids=[str(site) for site in sites], indirect=True, scope="module")
         metafunc.parametrize("direction", directions)
     if "network" in metafunc.fixturenames:
@@ -249,6 +251,8 @@ def pytest_sessionfinish(session, exitstatus):
     config = session.config
     settings, record = config.stash[SETTINGS], config.stash[RECORD]
     suites = {name: cases for name, cases in record.cases.items() if cases}
+    if settings.device.type == "cuda" and "operators" in suites:
+        suites["operators"] = with_sums(suites["operators"])
     if exitstatus == pytest.ExitCode.INTERRUPTED:
         record.incomplete.update(suites)
     if settings.quick:

@@ -5,7 +5,7 @@
     python benchmarks/drop_in.py --report    # the page once more, from the results
 
 The scripts run as they are, on the default layout, float32. Time: the two versions take turns, two steps each. Memory: the peak
-of a step over what was there before it, in a process of its own. Loss: how far apart the two versions' losses are.
+of a step over what lived before it, in a process of its own. Loss: how far apart the two versions' losses are.
 """
 
 from __future__ import annotations

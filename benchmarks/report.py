@@ -2,7 +2,8 @@
 
 python benchmarks/report.py            # rewrites what stands between the pages' markers, and the picture
 python benchmarks/report.py --check    # exits with 1 where a page says something else than the results
-python benchmarks/report.py --gpu DIR  # prints the tables of DIR's results of a GPU, and leaves them in DIR/gpu.md
+python benchmarks/report.py --gpu DIR [--since FILE]  # prints the tables of DIR's results of a GPU, of those alone that are
+                                                      # newer than the file, and leaves them in DIR/gpu.md
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
-from summary import geometric_mean, operator_means
+from summary import geometric_mean, operator_means, summarize_operators, with_sums
 
 ROOT = Path(__file__).parents[1]
 RESULTS, README, PICTURE = ROOT / "benchmarks/results", ROOT / "README.md", ROOT / "docs/images/roofline.png"
@@ -160,7 +162,7 @@ def sites_table(result: dict) -> str:
     """Microseconds of every site on each GPU backend, a direction at a time, and its part of the copy bandwidth."""
     backends = {result["backend"]: "bnfuse"}  # what `auto` took goes by that name
     backends |= {name: name for name in ("cuda", "triton") if all(name in case["seconds"] for case in result["operators"])}
-    directions = dict.fromkeys(case["direction"] for case in result["operators"])
+    directions = ("forward", "backward")
     cases = {(case["site"], case["direction"]): case for case in result["operators"]}
 
     def cells(case: dict) -> list[str]:
@@ -171,6 +173,17 @@ def sites_table(result: dict) -> str:
     for site in dict.fromkeys(site for site, _ in cases):
         rows.append([site, *(cell for d in directions for cell in cells(cases[site, d]))])
     return markdown(rows)
+
+
+def gpu_times(result: dict) -> str:
+    """What the times of a GPU's sites are, and whose may contain waiting for the host."""
+    together = "Forward and backward are timed alone, and what stands for both is their sum."
+    cases = [case for case in result["operators"] if case["direction"] != "both"]
+    if any("waited_for_host" not in case for case in cases):
+        return f"{together} Whether the device waited for the host in some rounds was not noted in this run."
+    of_sites = Counter((name, case["direction"]) for case in cases for name in case["waited_for_host"])
+    found = ", ".join(f"`{name}` {direction} at {n} sites" for (name, direction), n in of_sites.items())
+    return f"{together} In some rounds the device may have waited for the host: {found or 'of nobody'}."
 
 
 STEP_RIVALS = {
@@ -249,8 +262,15 @@ def _verdict(measured: float, sense: str, wanted: float) -> str:
     return "met" if (measured >= wanted if sense == "≥" else measured <= wanted) else "missed"
 
 
+def gpu_targets(results: list[dict]) -> str:
+    """A table a card, in which no other card's figures stand."""
+    cards = dict.fromkeys(result["gpu"] for result in results)
+    of = {card: gpu_targets_table([result for result in results if result["gpu"] == card]) for card in cards}
+    return "\n\n".join(f"What we aim at, on an {card}:\n\n{table}" for card, table in of.items())
+
+
 def gpu_targets_table(results: list[dict]) -> str:
-    """Each of the GPU's targets; what no result has a figure for is not measured, which is said too."""
+    """Each of one GPU's targets; what no result has a figure for is not measured, which is said too."""
     rows = [_TARGETS_HEAD]
     meant = [r for r in results if (r["settings"]["dtype"], r["settings"]["layout"]) == ("bfloat16", "channels_last")]
     for what, suite, measure, sense, wanted, unit in GPU_TARGETS:
@@ -308,19 +328,25 @@ def _aims(result: dict) -> bool:
     return result["settings"] == wanted and result["threads"] == 2
 
 
-def gpu_results(folder: Path) -> dict[str, dict]:
-    """The results in the folder that were measured on a GPU, by file."""
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    return {name: result for name, result in results.items() if result.get("settings", {}).get("device") == "cuda"}
+def gpu_results(folder: Path, since: float = 0.0) -> dict[str, dict]:
+    """The results in the folder that were measured on a GPU, by file; those alone that were written after a time."""
+    paths = [path for path in sorted(folder.glob("*.json")) if path.stat().st_mtime > since]
+    results = {path.stem: json.loads(path.read_text()) for path in paths}
+    on_gpu = {name: result for name, result in results.items() if result.get("settings", {}).get("device") == "cuda"}
+    for result in on_gpu.values():
+        if "operators" in result:
+            result["operators"] = with_sums(result["operators"])
+            result["summary"] |= summarize_operators(result["operators"])
+    return on_gpu
 
 
 def gpu_report(results: dict[str, dict]) -> str:
     """The tables of every result of a GPU, each site's among them."""
     parts = []
     for name, result in results.items():
-        tables = [terminal_tables(result), sites_table(result) if "operators" in result else ""]
-        parts += [f"## {name}", gpu_circumstances(result), *filter(None, tables)]
-    parts += ["## What we aim at on a GPU, in bfloat16 and channels_last", gpu_targets_table(list(results.values()))]
+        sites = [gpu_times(result), sites_table(result)] if "operators" in result else []
+        parts += [f"## {name}", gpu_circumstances(result), terminal_tables(result), *filter(None, sites)]
+    parts += ["## What we aim at on a GPU, in bfloat16 and channels_last", gpu_targets(list(results.values()))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -335,8 +361,9 @@ def gpu_block(results: dict[str, dict]) -> str:
     parts = []
     for name, result in results.items():
         if "operators" in result and result["settings"]["dtype"] == "bfloat16":
-            parts += [f"{gpu_circumstances(result)} ([result](benchmarks/results/{name}.json)).", operators_table(result)]
-    return "\n\n".join([*parts, gpu_targets_table(list(results.values()))])
+            where = f"{gpu_circumstances(result)} ([result](benchmarks/results/{name}.json))."
+            parts += [f"{where} {gpu_times(result)}", operators_table(result)]
+    return "\n\n".join([*parts, gpu_targets(list(results.values()))])
 
 
 # ---- the README ----
@@ -348,7 +375,7 @@ INTRODUCTIONS = {
     "operators_channels_last": "The same sites in channels_last, the layout that a fused network runs in.",
     "steps": "A synthesis step: forward, cross-entropy and BatchNorm loss, backward to the images, Adam; in brackets the "
     "median of the rounds' ratios to bnfuse. Each rival runs contiguous and channels_last, and its faster layout counts.",
-    "memory": "Memory of that step: activations kept for backward, and the peak over what was there before, each step in a "
+    "memory": "Memory of that step: activations kept for backward, and the peak over what lived before, each step in a "
     "process of its own.",
 }
 
@@ -451,10 +478,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the README is not up to date")
     parser.add_argument("--gpu", type=Path, metavar="DIR", help="print and leave there the tables of its results on a GPU")
+    parser.add_argument("--since", type=Path, metavar="FILE", help="with --gpu: results that are newer than this file alone")
     args = parser.parse_args()
     if args.gpu:
-        if not (results := gpu_results(args.gpu)):
-            raise SystemExit(f"no results of a GPU in {args.gpu}; run `make gpu` first")
+        since = args.since.stat().st_mtime if args.since else 0.0
+        if not (results := gpu_results(args.gpu, since)):
+            newer = f" that are newer than {args.since}" if args.since else ""
+            raise SystemExit(f"no results of a GPU{newer} in {args.gpu}; run `make gpu` first")
         report = gpu_report(results)
         (args.gpu / "gpu.md").write_text(report)
         print(f"{report}\nwrote {args.gpu / 'gpu.md'}")

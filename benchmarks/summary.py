@@ -22,6 +22,33 @@ def geometric_mean(values: Iterable[tuple[float, int]]) -> float | None:
     return math.exp(sum(weight * math.log(value) for value, weight in values) / sum(weight for _, weight in values))
 
 
+def with_sums(cases: list[dict]) -> list[dict]:
+    """The cases of a GPU: forward and backward alone, and as "both" their sum at every site where both were timed.
+
+    What was timed of both at once is left out: where backward takes long to queue, that contains waiting for the host.
+    """
+    alone = {direction: {} for direction in ("forward", "backward")}
+    for case in cases:
+        if case["direction"] in alone:
+            alone[case["direction"]][case["site"]] = case
+    sums = []
+    for site, forward in alone["forward"].items():
+        if not (backward := alone["backward"].get(site)):
+            continue
+        seconds = {name: time + backward["seconds"][name] for name, time in forward["seconds"].items()}
+        sums.append(
+            {
+                "site": site,
+                "networks": forward["networks"],
+                "direction": "both",
+                "bytes": forward["bytes"] + backward["bytes"],
+                "seconds": seconds,
+                "ratios": {name: time / seconds["bnfuse"] for name, time in seconds.items() if name != "bnfuse"},
+            }
+        )
+    return [*(case for of_direction in alone.values() for case in of_direction.values()), *sums]
+
+
 def summarize_operators(cases: list[dict]) -> dict:
     """Forward and backward together, over all sites; the same for each network and, below `directions`, for each direction."""
     both = [case for case in cases if case["direction"] == "both"]

@@ -25,14 +25,15 @@ def test_site(verified, direction, benchmark, settings, machine, counts, record)
     record.copies += copies
     moved = case.site.passes(direction) * case.x.numel() * case.x.element_size()  # bytes
     times["floor"] = [moved / bandwidth(seconds) for seconds in copies]
-    record.cases["operators"].append(
-        {
-            "site": str(case.site),
-            "networks": counts[case.site],
-            "direction": direction,
-            "bytes": moved,
-            "rounds": len(copies),
-            "seconds": medians(times),
-            "ratios": ratios(times),
-        }
-    )
+    result = {
+        "site": str(case.site),
+        "networks": counts[case.site],
+        "direction": direction,
+        "bytes": moved,
+        "rounds": len(copies),
+        "seconds": medians(times),
+        "ratios": ratios(times),
+    }
+    if settings.device.type == "cuda":
+        result["waited_for_host"] = benchmark.extra_info["waited_for_host"]
+    record.cases["operators"].append(result)

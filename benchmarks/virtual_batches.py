@@ -33,7 +33,7 @@ NAME, COMMAND = "virtual_batches", "python benchmarks/virtual_batches.py"
 
 
 def measure_memory(batch: int, micro_batch: int | None) -> int:
-    """Bytes that the second step takes at its peak, over what was there before it."""
+    """Bytes that the second step takes at its peak, over what lived before it."""
     from units import Steps, Unit
 
     found = {}

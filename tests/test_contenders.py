@@ -1,7 +1,8 @@
-"""What the benchmarks let compete: the steps under autocast and their check, both GPU backends beside each other."""
+"""What the benchmarks let compete: what is wrong is not timed, steps under autocast, both GPU backends beside each other."""
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +16,26 @@ sys.path.append(str(BENCHMARKS))
 
 import contenders  # noqa: E402
 import steps  # noqa: E402
+from sites import Site  # noqa: E402
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of", ["bnfuse", "hook"])
+def test_a_site_s_contender_without_the_loss_s_gradient_is_not_timed(of, dtype):
+    case = contenders.make_case(Site((16, 8, 32, 32), "relu", True), CPU, dtype, torch.contiguous_format)
+    functions = {name: case.functions(compiled=False)[name] for name in ("bnfuse", "hook", "plain")}
+    contenders.verify(case, functions)
+
+    def with_share(share: float):
+        """Its value is right, and so is y's gradient."""
+        y, loss = functions[of]()
+        return y, share * loss + (1 - share) * loss.detach()
+
+    for share in (0.0, 0.5):
+        with pytest.raises(AssertionError, match=f"{of}: the loss's gradient .* not timed"):
+            contenders.verify(case, {of: partial(with_share, share)})
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -145,9 +147,8 @@ def test_tables_of_results_on_a_gpu(results, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith(left)
     assert "of_the_cpu" not in left and "Example GPU, bfloat16, contiguous" in left
     for line in (
-        "| site | both, MB | `cuda`, µs | `triton`, µs | forward, MB | `cuda`, µs | `triton`, µs | backward, MB "
-        "| `cuda`, µs | `triton`, µs |",
-        "| 16x8x4x4-relu | 10 | 1000 (50%) | 1250 (40%) | 10 | 1000 (25%) | 1250 (20%) | 10 | 1000 (25%) | 1250 (20%) |",
+        "| site | forward, MB | `cuda`, µs | `triton`, µs | backward, MB | `cuda`, µs | `triton`, µs |",
+        "| 16x8x4x4-relu | 10 | 1000 (25%) | 1250 (20%) | 10 | 1000 (25%) | 1250 (20%) |",
         "| step | bnfuse | eager hook | eager hook, autocast | compiled hook | no statistics | convolutions alone | `triton` |",
         "| ResNet-18, 16 images | 500 ms | 500 ms (1.00×) | 2500 ms (5.00×) | 1000 ms (2.00×) | 400 ms (0.80×) "
         "| 400 ms (0.80×) | 625 ms (1.25×) |",
@@ -156,6 +157,28 @@ def test_tables_of_results_on_a_gpu(results, tmp_path, monkeypatch, capsys):
         "| ResNet-18 | 32 (1736.1 h) | 32 (1736.1 h) | 6 (8680.6 h) | 16 (3472.2 h) |",
     ):
         assert line in left
+
+
+def test_on_a_gpu_both_directions_are_the_sum_of_each_alone(results, tmp_path):
+    """However long both took when they were timed at once: that has the waiting for the host."""
+    result = results["operators"]
+    result["settings"] |= {"device": "cuda", "dtype": "bfloat16"}
+    result["operators"] = [
+        operator({"resnet50": 1}, 90, 9, 9, 9, 9, 0.9),
+        operator({"resnet50": 1}, 2, 2, 2, 2, 2, 0.5, direction="forward"),
+        operator({"resnet50": 1}, 4, 4, 4, 4, 4, 0.5, direction="backward"),
+    ]
+    (tmp_path / "operators.json").write_text(json.dumps(result))
+    (of_gpu,) = report.gpu_results(tmp_path).values()
+    *_, both = of_gpu["operators"]
+    assert len(of_gpu["operators"]) == 3 and both["bytes"] == 2 * 10**7
+    assert both["seconds"] == pytest.approx({"bnfuse": 0.002, **{name: 0.006 for name in RIVALS[:-1]}, "floor": 0.001})
+    assert of_gpu["summary"]["op_speedup_vs_eager"] == of_gpu["summary"]["op_speedup_vs_compile"] == pytest.approx(3)
+    assert summary.with_sums(of_gpu["operators"]) == of_gpu["operators"]
+    assert "was not noted in this run" in report.gpu_times(of_gpu)
+    for case, waited in zip(of_gpu["operators"], ({}, {"compiled_hook": 2})):
+        case["waited_for_host"] = waited
+    assert "waited for the host: `compiled_hook` backward at 1 sites" in report.gpu_times(of_gpu)
 
 
 def test_targets_of_a_gpu_are_marked_and_what_was_not_measured_is_said(results):
@@ -182,6 +205,42 @@ def test_targets_of_a_gpu_are_marked_and_what_was_not_measured_is_said(results):
     for result in results.values():  # measured in another dtype: not what the targets are meant for
         result["settings"] = on_gpu | {"dtype": "float32"}
     assert report.gpu_targets_table(list(results.values())).count("not measured") == len(report.GPU_TARGETS)
+
+
+def test_no_table_has_figures_of_two_cards_or_of_another_run(results, tmp_path, monkeypatch, capsys):
+    of_a_step = {}
+    for age, card, hook in ((1, "Card A", 3.0), (2, "Card B", 2.0)):
+        steps = [step("resnet50", hook=hook, autocast_hook=hook, plain=1.0, conv_only=0.8)]
+        settings = {"device": "cuda", "dtype": "bfloat16", "layout": "channels_last"}
+        of_a_step[card] = results["steps"] | {"gpu": card, "settings": settings, "steps": steps}
+        of_a_step[card]["summary"] = summary.summarize_steps(steps)
+        path = tmp_path / f"steps_{card[-1]}.json"
+        path.write_text(json.dumps(of_a_step[card]))
+        os.utime(path, (age, age))
+    row = "| ResNet-50 step, over the eager hook under autocast | ≥ 2.5× |"
+    of_a, of_b = report.gpu_targets(list(of_a_step.values())).split("on an Card B")
+    assert f"{row} 3.00× | met |" in of_a and f"{row} 2.00× | missed |" in of_b
+    began = tmp_path / "began"
+    began.touch()
+    os.utime(began, (1.5, 1.5))
+    monkeypatch.setattr(sys, "argv", ["report.py", "--gpu", str(tmp_path), "--since", str(began)])
+    report.main()
+    assert "Card A" not in (tmp_path / "gpu.md").read_text() and "Card B" in capsys.readouterr().out
+    os.utime(began, (3, 3))
+    with pytest.raises(SystemExit, match="no results of a GPU that are newer"):
+        report.main()
+
+
+def test_make_gpu_shows_the_results_of_its_own_run():
+    """With a Python that measures nothing and fails: the report is asked for what is newer than the start, and make fails."""
+    python = f'{sys.executable} -c \'import sys; print(*sys.argv[1:]); sys.exit(sys.argv[1:3] == ["-m", "pytest"])\''
+    recipe = subprocess.run(
+        ["make", "-n", "gpu", "OUT=out"], cwd=report.ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    benchmarks = "failed=0;" + recipe.partition("failed=0;")[2]
+    ran = subprocess.run(["bash", "-c", benchmarks.replace("python3", python)], capture_output=True, text=True)
+    began = ran.stdout.split("benchmarks/report.py --gpu out --since ")[1].strip()
+    assert ran.returncode == 1 and began and not Path(began).exists()
 
 
 def test_the_readme_shows_the_numbers_and_what_was_missed(results):
