@@ -47,17 +47,19 @@ class Variant:
     name : of the change
     part : of the recipe that it is a change of
     synthesis, training : fields that are other than the base's
+    scaled : fields of the synthesis → how many times the base's, or the default
     record : arguments of `bnfuse.record`
     micro_batch : images in the network together
     teachers : further ones, which the harness trains
     images : of each class that are made, where more are matched together than the student sees
     labels : what students learn, see `fidelity_cases.LABELS`
-    towards : the recipe that it leads to, where it is for that alone
+    towards : the recipe that it leads to, or whose base alone has what it changes
     """
 
     name: str
     part: str
     synthesis: dict = field(default_factory=dict)
+    scaled: dict[str, float] = field(default_factory=dict)
     record: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
     micro_batch: int | None = None
@@ -88,9 +90,11 @@ def _towards_cifar10() -> list[Variant]:
 
 def _towards_digits() -> list[Variant]:
     """From the base to what the recipe's student does, which is the last."""
-    lines = (("no shifts", {"shift": 0}), ("crops for shifts", {"shift": 0, "crop_scale": 0.6}))
-    kinds = ("soft", "hard", "views")
-    return [Variant(name, "recipe", training=training, labels=kinds, towards="digits") for name, training in lines]
+    lines = (
+        ("no shifts", {"shift": 0}, ("soft", "hard")),  # labelled views have none anyway
+        ("crops for shifts", {"shift": 0, "crop_scale": 0.6}, ("soft", "hard", "views")),
+    )
+    return [Variant(name, "recipe", training=training, labels=labels, towards="digits") for name, training, labels in lines]
 
 
 ABLATIONS = (
@@ -100,14 +104,14 @@ ABLATIONS = (
     Variant("running targets", "targets", {"targets": "running"}),
     Variant("half global", "targets", {"global_share": 0.5}),
     # iterations
-    Variant("iterations ÷ 2", "iterations", {"iterations": 100, "low_resolution_iterations": 100}),
-    Variant("iterations × 3", "iterations", {"iterations": 600, "low_resolution_iterations": 600}),
-    Variant("no half-size stage", "iterations", {"iterations": 250, "low_resolution_iterations": 0}),
-    Variant("lr ÷ 2", "iterations", {"lr": 0.05}),
-    Variant("lr × 2", "iterations", {"lr": 0.2}),
+    Variant("iterations ÷ 2", "iterations", scaled={"iterations": 0.5, "low_resolution_iterations": 0.5}),
+    Variant("iterations × 3", "iterations", scaled={"iterations": 3, "low_resolution_iterations": 3}),
+    Variant("no half-size stage", "iterations", {"iterations": 250, "low_resolution_iterations": 0}, towards="cifar10"),
+    Variant("lr ÷ 2", "iterations", scaled={"lr": 0.5}),
+    Variant("lr × 2", "iterations", scaled={"lr": 2}),
     # weights
-    Variant("BN loss × 0.1", "weights", {"bn_weight": 0.1}),
-    Variant("BN loss × 10", "weights", {"bn_weight": 10.0}),
+    Variant("BN loss × 0.1", "weights", scaled={"bn_weight": 0.1}),
+    Variant("BN loss × 10", "weights", scaled={"bn_weight": 10}),
     Variant("no cross-entropy", "weights", {"ce_weight": 0.0}),
     Variant("no BN loss", "weights", {"bn_weight": 0.0}),
     Variant("first site × 1", "weights", {"first_site_weight": 1.0}),
@@ -129,7 +133,7 @@ ABLATIONS = (
     Variant("mixed, one target", "batches", {"batch_size": 500, "classes_per_batch": 10, "groups": "batch"}, micro_batch=50),
     # priors
     Variant("no total variation", "priors", {"tv_weight": 0.0}),
-    Variant("total variation × 10", "priors", {"tv_weight": 10.0}),
+    Variant("total variation × 10", "priors", scaled={"tv_weight": 10}),
     Variant("L2 of pixels", "priors", {"l2_weight": 0.1}),
     # the noise that images start from
     Variant("1/f noise", "start", {"noise_exponent": 1.0}, labels=("soft", "hard", "views")),
@@ -145,8 +149,8 @@ ABLATIONS = (
     Variant("CutMix", "student", training={"cutmix": 1.0}, labels=("soft",)),
     Variant("mixup", "student", training={"mixup": 0.8}, labels=("soft",)),
     Variant("smaller crops", "student", training={"crop_scale": 0.08}),
-    Variant("shifts for crops", "student", training={"crop_scale": 1.0, "shift": 4}),
-    Variant("noisy pixels", "student", training={"noise": 0.05}),
+    Variant("shifts for crops", "student", training={"crop_scale": 1.0, "shift": 4}, labels=("soft",)),
+    Variant("noisy pixels", "student", training={"noise": 0.05}, labels=("soft",)),
     # sub-classes
     Variant("3 sub-classes", "sub-classes", record={"subclasses": 3}),
     Variant("10 sub-classes", "sub-classes", record={"subclasses": 10}),
@@ -157,6 +161,7 @@ ABLATIONS = (
         "sites",
         {"sites": ("bn", "pixels@cells=8"), "iterations": 250, "low_resolution_iterations": 0},
         record={"sites": ("bn", "pixels@cells=8")},
+        towards="cifar10",
     ),
     Variant("convolutions too", "sites", {"sites": ("bn", "conv")}, record={"sites": ("bn", "conv")}),
     # teachers

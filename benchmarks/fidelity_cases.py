@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from fidelity_ablations import ABLATIONS, BASES, Variant
 from results_file import RESULTS, slug
 
 from bnfuse.demo import TEACHER as DIGITS_TEACHER
+from bnfuse.plans import SynthesisConfig
 from bnfuse.recipes import RECIPES
+from bnfuse.training import TrainConfig
 
 KEPT = RESULTS / "fidelity"
 SPLITS = ("heldout", "test")
 LABELS = ("hard", "soft", "views")  # the classes'; the teacher's logits of each image; its logits of each augmented view
+NOT_OF_VIEWS = {"shift": 0, "noise": 0.0, "label_smoothing": 0.0}  # a student of labelled views sees what was labelled
 VIEWS = 100  # passes that are labelled at most; a student with more epochs begins again with the first
 NETWORKS = Path(__file__).with_name("fidelity_networks.py")
 STUDENTS = {  # how a result calls a student, and how `bnfuse train --model` does
@@ -126,6 +129,7 @@ class ImageSet:
     micro_batch : images in the network together, or None
     teachers : further ones
     images : of each class
+    seed : of the noise that images start from, and of all draws on their way
     """
 
     name: str
@@ -155,7 +159,7 @@ class Case:
     ipc : images of each class; None for all real ones
     student : one of `STUDENTS`
     training : fields of its `TrainConfig` but for model, epochs and seed
-    seed : of its weights, its augmentation, and of which real images, or what noise, it has
+    seed : of its weights, its augmentation, and of which real images, or what noise, it has; in ablations of the set too
     """
 
     problem: Problem
@@ -183,6 +187,15 @@ class Case:
         return digest([self.problem.facts, facts, views, self.made and self.made.key])
 
     @property
+    def work(self) -> tuple:
+        """What is done, defaults written out: the same for cases that differ in nothing but words."""
+        training = asdict(TrainConfig(model=self.student, **self.training))
+        if self.labels == "views":
+            training |= NOT_OF_VIEWS
+        made = self.made and replace(self.made, name="", synthesis=asdict(SynthesisConfig(**self.made.synthesis)))
+        return self.source, self.labels, self.ipc, self.seed, digest(training), made and made.key
+
+    @property
     def label(self) -> str:
         images = "all" if self.ipc is None else f"{self.ipc} a class"
         return f"{self.problem.name}: {self.student} on {self.arm}, {self.labels} labels, {images}, seed {self.seed}"
@@ -208,7 +221,7 @@ def digest(facts) -> str:
 
 # ---- what each command measures ----
 
-SEEDS = 3  # of students
+SEEDS = 3  # of students; in ablations of their images too
 
 # The ladder: (source, name of the set, labels). "recipe" is the shipped one, "global" the same with targets of all classes
 # pooled.
@@ -249,15 +262,20 @@ def students(problem: Problem) -> list[Case]:
 
 
 def ablations(problem: Problem) -> list[Case]:
-    """A set for each line of `ABLATIONS` and a student for each kind of labels, at the second number of images."""
+    """A set for each line of `ABLATIONS` and each seed, and a student for each kind of labels, at the second number of images.
+    Lines that change nothing of the problem's base are left out."""
     ipc = sorted(problem.ipcs)[1]
-    return [
+    cases = [
         _ablation(problem, variant, labels, ipc, seed)
         for seed in range(SEEDS)
         for variant in ABLATIONS
         if variant.towards in (None, problem.recipe)
         for labels in variant.labels
     ]
+    first: dict[tuple, Case] = {}
+    for case in cases:
+        first.setdefault(case.work, case)
+    return list(first.values())
 
 
 def _case(problem: Problem, source, variant: str | None, labels, ipc, student, seed, images: int) -> Case:
@@ -272,9 +290,15 @@ def _case(problem: Problem, source, variant: str | None, labels, ipc, student, s
 
 def _ablation(problem: Problem, variant: Variant, labels: str, ipc: int, seed: int) -> Case:
     base, images = BASES[problem.recipe], max(variant.images, ipc)
-    synthesis, training = base.synthesis | variant.synthesis, base.training | variant.training
-    made = ImageSet(variant.name, synthesis, images, variant.record, variant.micro_batch, variant.teachers)
+    synthesis, training = base.synthesis | changed(variant, problem), base.training | variant.training
+    made = ImageSet(variant.name, synthesis, images, variant.record, variant.micro_batch, variant.teachers, seed)
     return Case(problem, "synthetic", labels, ipc, problem.student, training, seed, made)
+
+
+def changed(variant: Variant, problem: Problem) -> dict:
+    """The fields of the synthesis that the variant changes."""
+    before = asdict(SynthesisConfig(**BASES[problem.recipe].synthesis))
+    return variant.synthesis | {name: type(before[name])(before[name] * times) for name, times in variant.scaled.items()}
 
 
 def _without(fields: dict, *names: str) -> dict:

@@ -52,10 +52,14 @@ class Seeds:
         return clopper_pearson(round(self.mean("accuracy") * tested), tested)
 
     @property
+    def mean_text(self) -> str:
+        spread = "" if self.spread is None else f" ± {100 * self.spread:.1f}"
+        return f"{100 * self.mean('accuracy'):.1f}{spread}"
+
+    @property
     def accuracy_text(self) -> str:
         low, high = self.interval
-        spread = "" if self.spread is None else f" ± {100 * self.spread:.1f}"
-        return f"{100 * self.mean('accuracy'):.1f}{spread} ({100 * low:.0f}–{100 * high:.0f})"
+        return f"{self.mean_text} ({100 * low:.0f}–{100 * high:.0f})"
 
 
 Rung = tuple[str, str, "int | None", str]  # arm, labels, images of each class, student
@@ -147,9 +151,14 @@ def ablations_block(problem: Problem) -> str:
         if first := next(filter(None, found.values()), None):
             accuracies = [_against(found[kind], base[kind] if variant is not ABLATIONS[0] else None) for kind in kinds]
             costs = [f"{first.mean('diversity'):.2f}", f"{first.mean('synthesis_seconds'):.0f}"]
-            rows.append([variant.name, variant.part, _changes(variant), *accuracies, *costs])
+            rows.append([variant.name, variant.part, _changes(variant, problem), *accuracies, *costs])
     tested, seeds = first_result(rungs)["tested"], max(len(found.results) for found in rungs.values())
-    about = f"On {tested:,} {SPLITS['heldout']}, {_count(seeds, 'seed')} of the student. {_where(rungs)}"
+    drawn = (
+        "one seed of images and student"
+        if seeds == 1
+        else (f"mean over as many as {seeds} seeds of images and student, ± their standard deviation where there are several")
+    )
+    about = f"On {tested:,} {SPLITS['heldout']}, {drawn}. {_where(rungs)}"
     return f"{about}\n\n{markdown(rows)}"
 
 
@@ -157,12 +166,14 @@ def _against(found: Seeds | None, base: Seeds | None) -> str:
     if found is None:
         return ""
     difference = "" if base is None else f" ({100 * (found.mean('accuracy') - base.mean('accuracy')):+.1f})"
-    return f"{100 * found.mean('accuracy'):.1f}{difference}"
+    return f"{found.mean_text}{difference}"
 
 
-def _changes(variant: Variant) -> str:
+def _changes(variant: Variant, problem: Problem) -> str:
     """As flags, as far as they are some of `bnfuse synthesize`."""
-    parts = [flags(variant.synthesis | ({"micro_batch": variant.micro_batch} if variant.micro_batch else {}))]
+    parts = [
+        flags(fidelity_cases.changed(variant, problem) | ({"micro_batch": variant.micro_batch} if variant.micro_batch else {}))
+    ]
     if variant.teachers:
         parts.append(f"--more-teachers {' '.join(variant.teachers)}")
     if variant.record:

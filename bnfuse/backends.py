@@ -19,10 +19,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import BackendError, InputError
+from .errors import BackendError, BnfuseError, InputError
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 ENVIRONMENT_VARIABLE = "BNFUSE_BACKEND"
+INSTRUCTION_SET_VARIABLE = "BNFUSE_INSTRUCTION_SET"  # read by csrc/cpu/instruction_set.cpp when the extension is loaded
 OLDEST_TRITON_DEVICE = (8, 0)  # compute capability
 
 try:
@@ -56,7 +57,14 @@ def _cpp() -> Backend:
     return Backend("cpp", True, ("cpu",), reason)
 
 
+def _instruction_set_was_refused() -> bool:
+    """Whether the extension is there, and what the environment asks of it is not."""
+    return extension is None and INSTRUCTION_SET_VARIABLE in str(_extension_error)
+
+
 def _no_extension() -> str:
+    if _instruction_set_was_refused():
+        return str(_extension_error)
     return f"the C++ extension cannot be loaded ({_extension_error}); build it with `pip install --no-build-isolation -e .`"
 
 
@@ -71,29 +79,54 @@ def _cuda() -> Backend:
         )
     if not torch.cuda.is_available():
         return missing(f"built for {', '.join(built)}, but this PyTorch ({torch.__version__}) sees no CUDA device")
-    major, minor = torch.cuda.get_device_capability()
+    devices = _visible_devices()
     # Machine code runs on devices of the same generation, of the same or a later version.
-    if not any(int(name[3:-1]) == major and int(name[-1]) <= minor for name in built):
+    runs = {(major, minor) for major, minor in devices for name in built if int(name[3:-1]) == major and int(name[-1]) <= minor}
+    if strange := [device for device in devices if device not in runs]:
         return missing(
-            f"built for {', '.join(built)}, the device is sm_{major}{minor}; set TORCH_CUDA_ARCH_LIST and build again"
+            f"built for {', '.join(built)}, the device is {_architectures(strange)}; set TORCH_CUDA_ARCH_LIST and build again"
+            + _hide(devices, strange)
         )
-    return Backend("cuda", True, ("cuda",), f"CUDA kernels built for {', '.join(built)}, running on sm_{major}{minor}")
+    return Backend("cuda", True, ("cuda",), f"CUDA kernels built for {', '.join(built)}, running on {_architectures(devices)}")
+
+
+def _visible_devices() -> list[tuple[int, int]]:
+    """The compute capability of each. A backend is chosen for all of them at once, so it must run on every one."""
+    return [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+
+
+def _architectures(devices: list[tuple[int, int]]) -> str:
+    return ", ".join(f"sm_{major}{minor}" for major, minor in dict.fromkeys(devices))
+
+
+def _hide(devices: list[tuple[int, int]], strange: list[tuple[int, int]]) -> str:
+    """What to do besides where other devices would do."""
+    if len(strange) == len(devices):
+        return ""
+    indices = ", ".join(f"cuda:{index}" for index, device in enumerate(devices) if device in strange)
+    return f", or leave {indices} out of CUDA_VISIBLE_DEVICES"
 
 
 def _triton() -> Backend:
     missing = functools.partial(Backend, "triton", False, ("cuda",))
     if not triton_is_installed():
         return missing("Triton is not installed; PyTorch's CUDA builds bring it, elsewhere `pip install triton`")
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if _triton_interprets():
         return Backend("triton", True, ("cuda", "cpu"), "interpreted (TRITON_INTERPRET=1): for tests, very slow", False)
     if not torch.cuda.is_available():
         return missing(
             f"this PyTorch ({torch.__version__}) sees no CUDA device; TRITON_INTERPRET=1 interprets the kernels on the CPU"
         )
-    capability = torch.cuda.get_device_capability()
-    if capability < OLDEST_TRITON_DEVICE:
-        return missing(f"the device is sm_{capability[0]}{capability[1]}, the kernels need sm_80 or newer")
-    return Backend("triton", True, ("cuda",), f"compiled for sm_{capability[0]}{capability[1]} when first called")
+    devices = _visible_devices()
+    if old := [device for device in devices if device < OLDEST_TRITON_DEVICE]:
+        hide = _hide(devices, old)
+        return missing(f"the device is {_architectures(old)}, the kernels need sm_80 or newer{hide}")
+    return Backend("triton", True, ("cuda",), f"compiled for {_architectures(devices)} when first called")
+
+
+def _triton_interprets() -> bool:
+    """As Triton itself reads the variable, without importing it, which takes a while."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def triton_is_installed() -> bool:
@@ -110,17 +143,24 @@ def resolve(backend: str, device_type: str) -> str:
     """The backend that runs on a device type.
 
     `backend` may be a name or "auto"; "auto" first asks the environment variable BNFUSE_BACKEND, then takes the fastest
-    available. Raises BackendError when a backend asked for by name cannot run there, InputError when there is no such name.
+    available. Raises BackendError when a backend or an instruction set asked for by name cannot run there, InputError when
+    there is no such backend.
     """
-    if backend == "auto":
-        backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-    return _resolve(backend, device_type)
+    asked = os.environ.get(ENVIRONMENT_VARIABLE) or "auto" if backend == "auto" else backend
+    try:
+        return _resolve(asked, device_type)
+    except BnfuseError as error:
+        if asked == backend:
+            raise
+        raise type(error)(f"{ENVIRONMENT_VARIABLE}={asked} in the environment: {error}") from None
 
 
 @functools.cache
 def _resolve(backend: str, device_type: str) -> str:
     check_name(backend)
     if backend == "auto":
+        if _instruction_set_was_refused():
+            raise BackendError(_no_extension())
         candidates = [b for b in describe() if device_type in b.devices and b.automatic]
         chosen = next((b for b in candidates if b.available), _description("reference"))
         if chosen.name == "reference" and len(candidates) > 1:

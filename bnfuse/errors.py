@@ -12,7 +12,7 @@ class InputError(BnfuseError, ValueError):
 
 
 class BackendError(BnfuseError, RuntimeError):
-    """A backend was asked for by name and is not there."""
+    """A backend, or an instruction set of one, was asked for by name and is not there."""
 
 
 class Interrupted(BnfuseError):

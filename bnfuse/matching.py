@@ -302,7 +302,7 @@ class Matcher(nn.Module):
         options = {"classes": classes, "backend": self.backend, **self.options}
         try:
             return ops.bn_loss(mean, var, target_mean, target_var, site_weights, **options)
-        except RuntimeError:
+        except InputError:
             for name, channels, value in zip(self.names, self.channels, mean):
                 if value.shape[1] != channels:
                     raise InputError(

@@ -1,4 +1,4 @@
-"""Every operator's life on one screen: schema, implementations, fake, autograd, and the checked public function.
+"""Every operator's whole life: schema, implementations, autograd, fake, and at the end the checked public functions.
 
     bn_act(x, scale, shift, …)                → y, mean, var         one BatchNorm site: output and the moments of its input
     bn_act_loss(x, scale, shift, targets, …)  → y, loss, mean, var   the same with the distance from the site's targets
@@ -24,6 +24,7 @@ from .errors import InputError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+# bnfuse_cpp defines its own, word for word the same, in csrc/.
 SCHEMAS = {
     # y = act(scale·x + shift (+ residual)), and the moments of x
     "bn_forward": "(Tensor x, Tensor? residual, Tensor scale, Tensor shift, Tensor group_starts, str act, float slope) "
@@ -112,6 +113,7 @@ def _group_moments_backward(backend, ctx, dmean, dvar):
 
 def _bn_forward_with_targets_setup(ctx, inputs, output):
     x, residual, scale, shift, group_starts, target_mean, target_var, classes, ctx.weight, act, slope, *ctx.options = inputs
+    _check_constants(target_mean=target_mean, target_var=target_var)
     _, mean, var, mask, _, dmean, dvar = output
     loss = var, target_mean, target_var, classes
     _keep_site(ctx, x, residual, scale, shift, group_starts, mean, mask, act, slope, dmean, dvar, *loss)
@@ -131,6 +133,8 @@ def _bn_forward_with_targets_backward(backend, ctx, dy, dmean, dvar, _dmask, dlo
 
 def _bn_loss_setup(ctx, inputs, output):
     mean, var, *targets_and_weights = inputs[:6]
+    target_mean, target_var, _, site_weights = targets_and_weights
+    _check_constants(target_mean=target_mean, target_var=target_var, site_weights=site_weights)
     ctx.set_materialize_grads(False)
     ctx.groups, ctx.channels, ctx.options = mean[0].shape[0], [site.shape[1] for site in mean], inputs[6:]
     ctx.save_for_backward(*output[2:], *mean, *var, *targets_and_weights)
@@ -231,10 +235,16 @@ if backends.extension:
         )
 
 
-# ---- what every backend's operators look like to a compiler ----
+# ---- what every backend's operators look like to a compiler; these run, and not a kernel, where one argument is on "meta" ----
+
+
+def _check_one_device(like: Tensor, *tensors: Tensor | None) -> None:
+    if strange := [tensor.device for tensor in tensors if tensor is not None and tensor.device != like.device]:
+        raise InputError(f"all tensors must be on one device, got one on {strange[0]} beside one on {like.device}")
 
 
 def _bn_forward_fake(x, residual, scale, shift, group_starts, act, slope):
+    _check_one_device(x, residual, scale, shift, group_starts)
     mean, var = _group_moments_fake(x, group_starts)
     shape = reference.mask_shape(x) if reference.needs_mask(residual is not None, act) else (0,)
     return torch.empty_like(x), mean, var, x.new_empty(shape, dtype=torch.uint8)
@@ -255,11 +265,13 @@ def _group_moments_backward_fake(x, mean, dmean, dvar, group_starts):
 
 def _bn_forward_with_targets_fake(x, residual, scale, shift, group_starts, *arguments):
     act, slope = arguments[4:6]
+    _check_one_device(x, *arguments[:3])
     y, mean, var, mask = _bn_forward_fake(x, residual, scale, shift, group_starts, act, slope)
     return y, mean, var, mask, mean.new_empty(()), torch.empty_like(mean), torch.empty_like(var)
 
 
 def _bn_loss_fake(mean, var, target_mean, target_var, classes, site_weights, *_options):
+    _check_one_device(*mean, *var, target_mean, target_var, classes, site_weights)
     groups, width = mean[0].shape[0], sum(site.shape[1] for site in mean)
     return (
         mean[0].new_empty(()),
@@ -390,7 +402,7 @@ def bn_act_loss(
     Parameters
     ----------
     x, scale, shift, group_starts, residual, act, slope, backend : as in `bn_act`
-    target_mean, target_var : [K, C], a row a class, or [1, C] for every group alike; in the moments' dtype
+    target_mean, target_var : [K, C], a row a class, or [1, C] for every group alike; in the moments' dtype, without gradient
     classes : int64 [G], each group's row of the targets; not needed where there is one row
     distance, use_std, eps, slack, mean_weight, var_weight : see `reference.bn_distance`
 
@@ -400,8 +412,11 @@ def bn_act_loss(
 
     Raises
     ------
-    As `bn_act`, and InputError for an unknown distance or targets that do not fit
+    As `bn_act`, and InputError for an unknown distance, targets that do not fit or an x without channels
     """
+    _check_channels("x", x)
+    if isinstance(weight, Tensor):
+        _check_constants(weight=weight)
     run = operators(backend, x.device.type).bn_forward_with_targets
     targets = target_mean, target_var, classes, weight
     options = distance, use_std, eps, slack, mean_weight, var_weight
@@ -450,23 +465,41 @@ def _check_site(x, residual, scale, shift, group_starts, act, targets, options) 
             )
         residual = _match_layout(residual, x)
     if targets:
-        _check_targets(x, group_starts, *targets[:3], options[0])
+        if options[0] not in reference.DISTANCES:
+            raise InputError(f"unknown distance {options[0]!r}; choose one of {', '.join(reference.DISTANCES)}")
+        _check_targets(*targets[:3], len(group_starts) - 1, x.shape[1], dtype, x.device)
     return x, residual, group_starts
 
 
-def _check_targets(x, group_starts, target_mean, target_var, classes, distance) -> None:
-    if distance not in reference.DISTANCES:
-        raise InputError(f"unknown distance {distance!r}; choose one of {', '.join(reference.DISTANCES)}")
-    dtype, channels = reference.moment_dtype(x.dtype), x.shape[1]
+def _check_targets(target_mean, target_var, classes, groups: int, width: int, dtype, device) -> None:
     for name, values in (("target_mean", target_mean), ("target_var", target_var)):
-        fits = values.dim() == 2 and values.shape[1] == channels and values.shape[0] == target_mean.shape[0] > 0
-        if not fits or values.dtype != dtype or values.device != x.device:
-            raise InputError(
-                f"{name} must be {dtype} [K, {channels}] on {x.device}, a row a class, got {values.dtype} "
-                f"{list(values.shape)} on {values.device}"
-            )
+        fits = values.dim() == 2 and values.shape[1] == width and values.shape[0] == target_mean.shape[0] > 0
+        if not fits or values.dtype != dtype or values.device != device:
+            raise InputError(f"{name} must be {dtype} [K, {width}] on {device}, a row a class, got {_describe(values)}")
+    _check_constants(target_mean=target_mean, target_var=target_var)
     if len(target_mean) > 1:
-        _check_classes(classes, len(group_starts) - 1, len(target_mean), x.device)
+        _check_classes(classes, groups, len(target_mean), device)
+
+
+def _check_constants(**constants: Tensor) -> None:
+    """The loss is a function of the moments: what they are compared with, and how that weighs, gets no gradient anywhere."""
+    for name, values in constants.items():
+        if values.requires_grad:
+            raise InputError(f"{name} asks for a gradient, and the loss gives one to mean and var alone; detach it")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+
+
+def _check_channels(name: str, *tensors: Tensor) -> None:
+    """Of no channels there is no distance from targets: some distances are means over channels."""
+    for tensor in tensors:
+        if not tensor.numel() and tensor.dim() > 1 and tensor.shape[1] == 0:
+            raise InputError(
+                f"{name} must have at least one channel to be held against targets, got shape {list(tensor.shape)}; leave the "
+                "site out"
+            )
 
 
 def _check_classes(classes: Tensor | None, groups: int, rows: int, device: torch.device) -> None:
@@ -477,7 +510,7 @@ def _check_classes(classes: Tensor | None, groups: int, rows: int, device: torch
             f"classes must be int64 [{groups}] on {device}, one a group, got {classes.dtype} {list(classes.shape)} on "
             f"{classes.device}"
         )
-    if classes.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(classes):
+    if classes.device.type == "cpu" and _is_plain(classes):
         if groups and not 0 <= int(classes.min()) <= int(classes.max()) < rows:
             raise InputError(f"classes must be from 0 to {rows - 1}, got {classes.tolist()}")
 
@@ -494,7 +527,11 @@ def bn_act_unchecked(
 
 
 def group_moments(x: Tensor, group_starts: Tensor | None = None, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of x [N, C, *spatial] over each group: two [G, C]. Arguments and errors as in `bn_act`."""
+    """Mean and biased variance of x [N, C, *spatial] over each group: two [G, C]. Arguments and errors as in `bn_act`.
+
+    The same call gives the same bits. Those of `bn_act` for the same x, and with one or another activation or residual, may
+    differ from them in their last bits on CUDA, where each kernel cuts x to suit its registers.
+    """
     x = _check_x(x)
     return operators(backend, x.device.type).group_moments(x, check_group_starts(group_starts, x))
 
@@ -523,9 +560,10 @@ def bn_loss(
 
     Parameters
     ----------
-    mean, var : for each of S sites [G, C] in site order, float32 or float64, all of one dtype
-    target_mean, target_var : [K, T], a row a class, T = ΣC; or [1, T] for every group alike; in the moments' dtype
-    site_weights : [S], in the moments' dtype
+    mean, var : list or tuple, for each of S sites [G, C] in site order, float32 or float64, all of one dtype
+    target_mean, target_var : [K, T], a row a class, T = ΣC; or [1, T] for every group alike; in the moments' dtype, without
+        gradient
+    site_weights : [S], in the moments' dtype, without gradient
     classes : int64 [G], each group's row of the targets; not needed where there is one row
     distance, use_std, eps, slack, mean_weight, var_weight : see `reference.bn_distance`
     backend : see `bnfuse.backends`
@@ -537,22 +575,52 @@ def bn_loss(
 
     Raises
     ------
-    InputError : an unknown distance, or targets of several classes without `classes`; on the reference, classes out of range
-    RuntimeError : shapes or dtypes that do not fit, on the compiled backends
+    InputError : an unknown distance, or a site without channels; shapes, dtypes, devices or classes that do not fit
     """
     if distance in reference.EAGER_DISTANCES:
         backend = "reference"
     elif distance not in reference.DISTANCES:
         known = (*reference.DISTANCES, *reference.EAGER_DISTANCES)
         raise InputError(f"unknown distance {distance!r}; choose one of {', '.join(known)}")
+    for name, sites in (("mean", mean), ("var", var)):
+        if not isinstance(sites, (list, tuple)):
+            raise InputError(f"{name} must be a list or tuple of [G, C] tensors, one a site, got a {type(sites).__name__}")
     if not mean:
         raise InputError("bn_loss needs the moments of at least one site, got none")
+    _check_channels("the mean of every site", *mean)
     backend = backends.resolve(backend, mean[0].device.type)
-    if len(target_mean) > 1 and (classes is None or backend == "reference"):  # an index of eager PyTorch may be negative
-        _check_classes(classes, len(mean[0]), len(target_mean), mean[0].device)
+    run = OPERATORS[backend].bn_loss
+    arguments = list(mean), list(var), target_mean, target_var, classes, site_weights
     options = distance, use_std, eps, slack, mean_weight, var_weight
-    loss = OPERATORS[backend].bn_loss
-    return loss(list(mean), list(var), target_mean, target_var, classes, site_weights, *options)[:2]
+    # As a site's: kernels check what they are given, the reference does not.
+    if backend == "reference" or torch.compiler.is_compiling():
+        _check_loss(*arguments)
+        return run(*arguments, *options)[:2]
+    try:
+        return run(*arguments, *options)[:2]
+    except RuntimeError:
+        _check_loss(*arguments)
+        raise
+
+
+def _check_loss(mean: list[Tensor], var: list[Tensor], target_mean, target_var, classes, site_weights) -> None:
+    dtype, device, groups = mean[0].dtype, mean[0].device, mean[0].shape[:1]
+    if dtype not in (torch.float32, torch.float64):
+        raise InputError(f"mean must be float32 or float64, got {_describe(mean[0])}")
+    if len(var) != len(mean):
+        raise InputError(f"var must have one tensor a site, {len(mean)} as mean has, got {len(var)}")
+    for site, (site_mean, site_var) in enumerate(zip(mean, var)):
+        if site_mean.dim() != 2 or site_mean.shape[:1] != groups or site_mean.dtype != dtype or site_mean.device != device:
+            raise InputError(
+                f"mean must be [G, C] at every site, of one G, dtype and device: site 0 has {_describe(mean[0])}, site {site} "
+                f"{_describe(site_mean)}"
+            )
+        if site_var.shape != site_mean.shape or site_var.dtype != dtype or site_var.device != device:
+            raise InputError(f"var must be like mean, at site {site} {_describe(site_mean)}, got {_describe(site_var)}")
+    _check_targets(target_mean, target_var, classes, groups[0], sum(site.shape[1] for site in mean), dtype, device)
+    if site_weights.shape != (len(mean),) or site_weights.dtype != dtype or site_weights.device != device:
+        raise InputError(f"site_weights must be {dtype} [{len(mean)}] on {device}, one a site, got {_describe(site_weights)}")
+    _check_constants(site_weights=site_weights)
 
 
 def _check_x(x: Tensor) -> Tensor:
@@ -565,7 +633,7 @@ def _check_x(x: Tensor) -> Tensor:
 
 def _is_dense(x: Tensor) -> bool:
     """Contiguous, or channels_last in any number of spatial dimensions: the two layouts the kernels walk."""
-    return x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+    return x.is_contiguous() or x.dim() > 1 and x.movedim(1, -1).is_contiguous()
 
 
 def _match_layout(tensor: Tensor, x: Tensor) -> Tensor:
@@ -574,9 +642,14 @@ def _match_layout(tensor: Tensor, x: Tensor) -> Tensor:
 
 
 def check_group_starts(group_starts: Tensor | None, x: Tensor) -> Tensor:
-    """The groups of x's samples, int64 [G + 1] on x's device; one group where none are given. InputError if they do not fit."""
+    """The groups of x's samples, int64 [G + 1] on x's device; one group where none are given. InputError if they do not fit.
+
+    What comes back may be shared, with the caller's tensor or between all callers that give none: it must not be changed.
+    """
     if group_starts is None:
         return _one_group(x)
+    if not isinstance(group_starts, Tensor):
+        raise InputError(f"group_starts must be a tensor, int64 [G + 1], got a {type(group_starts).__name__}")
     if group_starts.dtype != torch.int64 or group_starts.dim() != 1 or len(group_starts) < 2:
         raise InputError(
             f"group_starts must be int64 [G + 1] with at least one group, got {group_starts.dtype} {list(group_starts.shape)}"
@@ -584,7 +657,7 @@ def check_group_starts(group_starts: Tensor | None, x: Tensor) -> Tensor:
     if group_starts.device != x.device:
         raise InputError(f"group_starts is on {group_starts.device}, x on {x.device}; move one of them")
     # Its values are checked where that costs no wait for a device, and not while a compiler traces.
-    if group_starts.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(group_starts):
+    if group_starts.device.type == "cpu" and _is_plain(group_starts):
         starts = group_starts.tolist()
         if starts[0] != 0 or starts[-1] != x.shape[0] or any(a > b for a, b in zip(starts, starts[1:])):
             raise InputError(f"group_starts must run from 0 to the batch size {x.shape[0]} without decreasing, got {starts}")
@@ -592,16 +665,24 @@ def check_group_starts(group_starts: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _one_group(x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or _is_fake(x):
-        return torch.tensor([0, x.shape[0]], device=x.device)
-    return _cached_one_group(x.shape[0], x.device)
+    if _is_plain(x):
+        return _cached_one_group(x.shape[0], x.device)
+    return torch.arange(2, device=x.device) * x.shape[0]
 
 
-@functools.lru_cache(maxsize=64)
+# None is ever let go: a captured CUDA graph reads the tensor's memory at each replay, and nothing else keeps that alive.
+@functools.cache
 def _cached_one_group(samples: int, device: torch.device) -> Tensor:
+    """int64 [2], shared by all that ask: it must not be changed in place."""
     with torch.inference_mode(False):  # or no later pass could keep it for backward
         return torch.tensor([0, samples], device=device)
 
 
-def _is_fake(tensor: Tensor) -> bool:
-    return isinstance(tensor, torch._subclasses.FakeTensor)
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether values may be read and new tensors kept: nothing traces, and no mode or transform wraps what is made now."""
+    return not (
+        torch.compiler.is_compiling()
+        or isinstance(tensor, torch._subclasses.FakeTensor)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+    )

@@ -1,7 +1,7 @@
 """The eager definition of every operation: the specification, and the oracle of every test.
 
-Plain PyTorch, differentiable any number of times, on any device and in any dtype, float64 included. Slow and obvious on
-purpose: a kernel is right when it agrees with this file in float64. Not for speed, and not the place to check input.
+Plain PyTorch, differentiable any number of times in reverse mode, on any device and in any dtype, float64 included. Slow and
+obvious on purpose: a kernel is right when it agrees with this file in float64. Not for speed, and not the place to check input.
 
 Shapes used throughout: N samples, C channels, S sites, G groups, T = ΣC over all sites. A *group* is a contiguous run of
 samples of the batch; group g holds samples ``group_starts[g] : group_starts[g + 1]``.

@@ -138,6 +138,11 @@ void check_frozen(const Tensor& scale, const Tensor& shift) {
               "a site gives no gradient to scale and shift; freeze the network with bnfuse.freeze(model)");
 }
 
+void check_constants(const Tensor& target_mean, const Tensor& target_var) {
+  TORCH_CHECK(!target_mean.requires_grad() && !target_var.requires_grad(),
+              "the loss gives no gradient to its targets, which are constants; detach them");
+}
+
 // `kept`: the tensors of Saved, as far as there are any; the residual is kept only where act' needs it.
 void keep_for_backward(AutogradContext* ctx, variable_list kept, const std::string& act, double slope) {
   ctx->saved_data["act"] = act;
@@ -226,6 +231,7 @@ struct BnForwardWithTargets : torch::autograd::Function<BnForwardWithTargets> {
                                double weight, const std::string& act, double slope, const std::string& distance,
                                bool use_std, double eps, double slack, double mean_weight, double var_weight) {
     check_frozen(scale, shift);
+    check_constants(target_mean, target_var);
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, mean, var, mask, loss, dmean, dvar] =
         bn_forward_with_targets_op().call(x, residual, scale, shift, group_starts, target_mean, target_var, classes, weight,
@@ -307,6 +313,8 @@ struct BnLoss : torch::autograd::Function<BnLoss> {
                                const Tensor& target_var, const OptionalTensor& classes, const Tensor& site_weights,
                                const std::string& distance, bool use_std, double eps, double slack, double mean_weight,
                                double var_weight) {
+    check_constants(target_mean, target_var);
+    TORCH_CHECK(!site_weights.requires_grad(), "bn_loss gives no gradient to site_weights, which are constants; detach them");
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [loss, distances, dmean, dvar] = bn_loss_op().call(mean, var, target_mean, target_var, classes, site_weights,
                                                             distance, use_std, eps, slack, mean_weight, var_weight);

@@ -95,7 +95,10 @@ def _plane_octets(mask_ptr, plane_row, begin, plane, valid, COLUMNS: tl.constexp
     return tl.load(mask_ptr + at, mask=valid[:, None] & (octet < row_octets)[None, :], other=0)
 
 
-@triton.jit(do_not_specialize=("groups", "sample_rows", "channel_units", "chunk_rows"), do_not_specialize_on_alignment=SMALL)
+@triton.jit(
+    do_not_specialize=("groups", "batch", "sample_rows", "channel_units", "chunk_rows"),
+    do_not_specialize_on_alignment=SMALL,
+)
 def backward_rows(
     dy_ptr,  # [rows, C] or None
     x_ptr,  # [rows, C]
@@ -110,6 +113,7 @@ def backward_rows(
     dx_ptr,  # [rows, C]; may be dy
     dresidual_ptr,  # [rows, C] or None
     groups,
+    batch,  # N
     sample_rows,  # rows a sample
     channel_units,  # C / UNIT
     chunk_rows,
@@ -127,7 +131,7 @@ def backward_rows(
     channel_tiles = tl.cdiv(channels, COLUMNS)
     chunk = tl.program_id(0).to(tl.int64) // channel_tiles
     first_channel = (tl.program_id(0) % channel_tiles) * COLUMNS
-    group, first, stop, units = find_chunk(chunk, group_starts_ptr, groups, sample_rows, chunk_rows, GROUPS)
+    group, first, stop, units = find_chunk(chunk, group_starts_ptr, groups, batch, sample_rows, chunk_rows, GROUPS)
     if first >= stop:
         return
 
@@ -176,7 +180,7 @@ def backward_rows(
 
 
 @triton.jit(
-    do_not_specialize=("groups", "channels", "plane_units", "chunk_samples", "segment_tiles", "segments"),
+    do_not_specialize=("groups", "batch", "channels", "plane_units", "chunk_samples", "segment_tiles", "segments"),
     do_not_specialize_on_alignment=SMALL,
 )
 def backward_planes(
@@ -193,6 +197,7 @@ def backward_planes(
     dx_ptr,  # [N, C, L]; may be dy
     dresidual_ptr,  # [N, C, L] or None
     groups,
+    batch,  # N
     channels,
     plane_units,  # L / UNIT
     chunk_samples,
@@ -212,7 +217,7 @@ def backward_planes(
     channel_tiles = tl.cdiv(channels, ROWS)
     part = tl.program_id(0).to(tl.int64) // channel_tiles
     chunk, segment = part // segments, part % segments
-    group, first, stop, units = find_chunk(chunk, group_starts_ptr, groups, 1, chunk_samples, GROUPS)
+    group, first, stop, units = find_chunk(chunk, group_starts_ptr, groups, batch, 1, chunk_samples, GROUPS)
     if first >= stop:
         return
 

@@ -18,6 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # As triton itself decides when it meets @triton.jit: whether kernels run on the CPU, one program after the other, in numpy.
 INTERPRETED = triton.knobs.runtime.interpret
 ALIGNMENT = 16  # bytes, of the widest access
+MOST_PLANE = 2**30  # elements: what is left of a plane is counted in 32 bits, a tile beyond its end included
 
 
 def describe(tensor: Tensor) -> str:
@@ -79,6 +80,7 @@ class Walk:
     plane: int  # L
     groups: int  # G
     dtype: torch.dtype
+    device: torch.device
 
     @property
     def layout(self) -> str:
@@ -113,8 +115,10 @@ def check_x(x: Tensor, group_starts: Tensor) -> Walk:
             f"group_starts must be int64 [G + 1] on {x.device} with at least one group, got {describe(group_starts)}"
         )
     n, c = x.shape[:2]
-    planes = not reference.is_channels_last(x)
-    return Walk(planes, n, c, x.numel() // max(1, n * c), len(group_starts) - 1, x.dtype)
+    planes, plane = not reference.is_channels_last(x), x.numel() // max(1, n * c)
+    if planes and plane > MOST_PLANE:
+        raise InputError(f"x has planes of {plane} elements, more than {MOST_PLANE}")
+    return Walk(planes, n, c, plane, len(group_starts) - 1, x.dtype, x.device)
 
 
 def check_like_x(name: str, tensor: Tensor | None, x: Tensor) -> Tensor | None:
@@ -136,10 +140,15 @@ def aligned(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
+def current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes a CUDA device the current one for a while."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def launch(kernel, programs: int, *arguments, **options) -> None:
     """Starts `programs` programs of a kernel on the device of its tensors."""
     if programs == 0:
         return
     device = next(a.device for a in arguments if isinstance(a, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with current(device):
         kernel[(programs,)](*arguments, **options)

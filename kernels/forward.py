@@ -49,7 +49,10 @@ def _reset(counters_ptr, groups, GROUPS: tl.constexpr):
             tl.store(counters_ptr + index, tl.zeros_like(index), mask=index <= groups)
 
 
-@triton.jit(do_not_specialize=("groups", "sample_rows", "channel_units", "chunk_rows"), do_not_specialize_on_alignment=SMALL)
+@triton.jit(
+    do_not_specialize=("groups", "batch", "sample_rows", "channel_units", "chunk_rows"),
+    do_not_specialize_on_alignment=SMALL,
+)
 def forward_rows(
     x_ptr,  # [rows, C]
     residual_ptr,  # [rows, C] or None
@@ -62,6 +65,7 @@ def forward_rows(
     partial_var_ptr,  # [chunks, C]
     counters_ptr,  # int32 [G + 1] or None
     groups,
+    batch,  # N
     sample_rows,  # rows a sample
     channel_units,  # C / UNIT
     chunk_rows,
@@ -81,7 +85,7 @@ def forward_rows(
     channel_tiles = tl.cdiv(channels, COLUMNS)
     chunk = tl.program_id(0).to(tl.int64) // channel_tiles
     first_channel = (tl.program_id(0) % channel_tiles) * COLUMNS
-    _, first, stop, _ = find_chunk(chunk, group_starts_ptr, groups, sample_rows, chunk_rows, GROUPS)
+    _, first, stop, _ = find_chunk(chunk, group_starts_ptr, groups, batch, sample_rows, chunk_rows, GROUPS)
     if first >= stop:
         return
 
@@ -122,7 +126,7 @@ def forward_rows(
 
 
 @triton.jit(
-    do_not_specialize=("groups", "channels", "plane_units", "chunk_samples", "segment_tiles", "segments"),
+    do_not_specialize=("groups", "batch", "channels", "plane_units", "chunk_samples", "segment_tiles", "segments"),
     do_not_specialize_on_alignment=SMALL,
 )
 def forward_planes(
@@ -137,6 +141,7 @@ def forward_planes(
     partial_var_ptr,  # [chunks, segments, C]
     counters_ptr,  # int32 [G + 1] or None
     groups,
+    batch,  # N
     channels,
     plane_units,  # L / UNIT
     chunk_samples,
@@ -158,7 +163,7 @@ def forward_planes(
     channel_tiles = tl.cdiv(channels, ROWS)
     part = tl.program_id(0).to(tl.int64) // channel_tiles
     chunk, segment = part // segments, part % segments
-    _, first, stop, _ = find_chunk(chunk, group_starts_ptr, groups, 1, chunk_samples, GROUPS)
+    _, first, stop, _ = find_chunk(chunk, group_starts_ptr, groups, batch, 1, chunk_samples, GROUPS)
     if first >= stop:
         return
 
@@ -207,9 +212,10 @@ def forward_planes(
     tl.store(partial_var_ptr + at, (pooled_m2 / (samples.to(tl.float64) * length)).to(accumulator), mask=in_channels)
 
 
+# Of the integers `segments` alone is compiled in where it is 1, as for rows and most planes: no index is divided by it then.
 @triton.jit(
     do_not_specialize=(
-        *("groups", "channels", "sample_units", "chunk_units", "segment", "plane"),
+        *("groups", "batch", "channels", "sample_units", "chunk_units", "most_chunks", "segment", "plane"),
         *("targets", "mean_stride", "var_stride"),
     ),
     do_not_specialize_on_alignment=("group_starts_ptr", "target_mean_ptr", "target_var_ptr", "classes_ptr"),
@@ -221,9 +227,11 @@ def finish(
     mean_ptr,  # [G, C]
     var_ptr,  # [G, C]
     groups,
+    batch,  # N
     channels,
     sample_units,
     chunk_units,
+    most_chunks,  # of all groups: of so many there are partial moments
     segments,
     segment,  # elements of a plane's segment, of `plane`; for rows both are 1
     plane,
@@ -259,7 +267,7 @@ def finish(
     """
     channel_tiles = tl.cdiv(channels, COLUMNS)
     group, channel_tile = tl.program_id(0) // channel_tiles, tl.program_id(0) % channel_tiles
-    first, units = find_group(group, group_starts_ptr, groups, sample_units, chunk_units, GROUPS)
+    first, units = find_group(group, group_starts_ptr, groups, batch, sample_units, chunk_units, most_chunks, GROUPS)
     parts = (tl.cdiv(units, chunk_units) * segments).to(tl.int32)
     channel = channel_tile * COLUMNS + tl.arange(0, COLUMNS)
     in_channels = channel < channels
@@ -426,9 +434,11 @@ def _run_forward(
         mean,
         var,
         walk.groups,
+        walk.samples,
         walk.channels,
         walk.sample_units,
         work.chunk_units,
+        work.chunks,
         work.segments,
         work.segment_tiles * config.columns if walk.planes else 1,
         walk.plane if walk.planes else 1,
@@ -499,7 +509,8 @@ def bn_forward(
     x : [N, C, *spatial], contiguous or channels_last; float32, bfloat16, float16 or float64
     residual : with x's dtype and strides, or None
     scale, shift : [C], float32 (float64 for float64 x)
-    group_starts : int64 [G + 1], non-decreasing from 0 to N, which nobody checks here: the host does not see its values
+    group_starts : int64 [G + 1], non-decreasing from 0 to N, which nobody checks here: the host does not see its values.
+        Others give undefined results, and lead to no memory outside of x's.
 
     Raises
     ------

@@ -13,25 +13,32 @@ import triton.language as tl
 
 
 @triton.jit
-def group_units(group_starts_ptr, groups, sample_units, GROUPS: tl.constexpr):
-    """First and last unit (exclusive) of every group, int64 [GROUPS]; those beyond `groups` are empty."""
-    group = tl.arange(0, GROUPS)
-    exists = group < groups
-    begin = tl.load(group_starts_ptr + group, mask=exists, other=0) * sample_units
-    end = tl.load(group_starts_ptr + group + 1, mask=exists, other=0) * sample_units
-    return begin, end
+def clamp_units(begin, end, batch, sample_units):
+    """The units of a group's samples. Starts that do not fit x, which the host cannot see, lead nowhere outside of it."""
+    begin = tl.minimum(tl.maximum(begin, 0), batch)
+    end = tl.minimum(tl.maximum(end, begin), batch)
+    return begin * sample_units, end * sample_units
 
 
 @triton.jit
-def find_chunk(chunk, group_starts_ptr, groups, sample_units, chunk_units, GROUPS: tl.constexpr):
+def group_units(group_starts_ptr, groups, batch, sample_units, GROUPS: tl.constexpr):
+    """First and last unit (exclusive) of every group, int64 [GROUPS]; those beyond `groups` are empty."""
+    group = tl.arange(0, GROUPS)
+    exists = group < groups
+    begin = tl.load(group_starts_ptr + group, mask=exists, other=0)
+    end = tl.load(group_starts_ptr + group + 1, mask=exists, other=0)
+    return clamp_units(begin, end, batch, sample_units)
+
+
+@triton.jit
+def find_chunk(chunk, group_starts_ptr, groups, batch, sample_units, chunk_units, GROUPS: tl.constexpr):
     """The chunk's group, the units [first, stop) it holds (none, if it does not exist), and the units of the group."""
     if GROUPS == 1:
-        begin = tl.load(group_starts_ptr) * sample_units
-        end = tl.load(group_starts_ptr + 1) * sample_units
+        begin, end = clamp_units(tl.load(group_starts_ptr), tl.load(group_starts_ptr + 1), batch, sample_units)
         first = begin + chunk * chunk_units
         return 0, first, tl.minimum(first + chunk_units, end), end - begin
     else:
-        begin, end = group_units(group_starts_ptr, groups, sample_units, GROUPS)
+        begin, end = group_units(group_starts_ptr, groups, batch, sample_units, GROUPS)
         chunks = (end - begin + chunk_units - 1) // chunk_units  # [GROUPS]
         through = tl.cumsum(chunks, 0)  # with those of all earlier groups
         group = tl.sum((through <= chunk).to(tl.int32), 0)
@@ -42,13 +49,14 @@ def find_chunk(chunk, group_starts_ptr, groups, sample_units, chunk_units, GROUP
 
 
 @triton.jit
-def find_group(group, group_starts_ptr, groups, sample_units, chunk_units, GROUPS: tl.constexpr):
-    """The group's first chunk, and its units."""
-    begin, end = group_units(group_starts_ptr, groups, sample_units, GROUPS)
+def find_group(group, group_starts_ptr, groups, batch, sample_units, chunk_units, most_chunks, GROUPS: tl.constexpr):
+    """The group's first chunk, and its units: no more than there are chunks for, should groups overlap."""
+    begin, end = group_units(group_starts_ptr, groups, batch, sample_units, GROUPS)
     chunks = (end - begin + chunk_units - 1) // chunk_units  # [GROUPS]
     index = tl.arange(0, GROUPS)
     units = tl.sum(tl.where(index == group, end - begin, 0), 0)
-    return tl.sum(tl.where(index < group, chunks, 0), 0), units
+    first = tl.minimum(tl.sum(tl.where(index < group, chunks, 0), 0), most_chunks)
+    return first, tl.minimum(units, (most_chunks - first) * chunk_units)
 
 
 # ---- moments ----

@@ -30,7 +30,7 @@ import triton
 from bnfuse.errors import InputError
 from bnfuse.files import write_atomically
 
-from .boundary import INTERPRETED, Walk
+from .boundary import INTERPRETED, Walk, current
 
 AUTOTUNE_VARIABLE = "BNFUSE_TRITON_AUTOTUNE"
 CACHE_VARIABLE = "BNFUSE_TRITON_CACHE"
@@ -98,8 +98,8 @@ def cut(walk: Walk, config: Config) -> Cut:
 def walk_arguments(walk: Walk, work: Cut) -> tuple[int, ...]:
     """What the walks of both directions take after `groups`, in their order."""
     if walk.planes:
-        return walk.channels, walk.plane // walk.unit, work.chunk_units, work.segment_tiles, work.segments
-    return walk.sample_units, walk.channels // walk.unit, work.chunk_units
+        return walk.samples, walk.channels, walk.plane // walk.unit, work.chunk_units, work.segment_tiles, work.segments
+    return walk.samples, walk.sample_units, walk.channels // walk.unit, work.chunk_units
 
 
 # ---- the heuristic ----
@@ -163,6 +163,9 @@ _pinned: list[dict[str, Config]] = []
 def pinned(**configs: Config) -> Iterator[None]:
     """While the block runs, kernels named take these configurations, whatever the shape, in every thread.
 
+    In every thread: autograd runs backward passes in threads of its own. Where several threads pin at a time, the block that
+    was entered last decides for all of them; results then depend on who came when.
+
     Parameters
     ----------
     forward_rows, forward_planes, backward_rows, backward_planes : Config
@@ -173,7 +176,8 @@ def pinned(**configs: Config) -> Iterator[None]:
     try:
         yield
     finally:
-        _pinned.remove(configs)
+        # The block's own entry, not one that is equal: blocks of other threads may end in any order.
+        del _pinned[next(i for i, entry in enumerate(_pinned) if entry is configs)]
 
 
 def _check_names(configs: dict) -> None:
@@ -208,7 +212,8 @@ def choose(kernel: str, walk: Walk, run: Callable[[Config], object]) -> Config:
     if os.environ.get(CONFIG_VARIABLE) and kernel in (configs := _pinned_by(os.environ[CONFIG_VARIABLE])):
         return configs[kernel]
     if os.environ.get(AUTOTUNE_VARIABLE) == "1" and not INTERPRETED:
-        return _measured(kernel, walk, run)
+        with current(walk.device):  # whose name, clock and graphs are asked for
+            return _measured(kernel, walk, run)
     return heuristic(kernel, walk)
 
 
@@ -256,9 +261,9 @@ def _measured(kernel: str, walk: Walk, run: Callable[[Config], object]) -> Confi
         if stored is None:
             times = {config: measure(run, config) for config in candidates(kernel, walk)}
             stored = asdict(min(times, key=times.get))
-            # Read anew: another process may have written in the meantime.
+            # Read anew: another process may have written in the meantime, and what it found first is what all of them take.
             content = _read(key[0])
-            content.setdefault(key[1], {})[key[2]] = stored
+            stored = content.setdefault(key[1], {}).setdefault(key[2], stored)
             write_atomically(key[0], json.dumps(content, indent=1, ensure_ascii=False).encode())
         _winners[key] = Config(**stored)
     return _winners[key]

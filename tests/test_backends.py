@@ -5,6 +5,9 @@ GPU they run in Triton's interpreter.
 """
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -87,17 +90,64 @@ class FakeExtension:
 def test_cuda_kernels_run_where_machine_code_was_built_for(monkeypatch, capability, available, reason):
     monkeypatch.setattr(backends, "extension", FakeExtension)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     found = backends._cuda()
     assert found.available == available and reason in found.reason
+    assert "CUDA_VISIBLE_DEVICES" not in found.reason
+
+
+@needs_no_gpu
+@needs_triton
+def test_every_visible_device_must_fit(monkeypatch):
+    """The choice is made once for all of them, and not by whichever is the current one."""
+    capabilities = [(9, 0), (7, 5), (8, 0)]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends, "extension", FakeExtension)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: capabilities[index])
+    for found in (backends._cuda(), backends._triton()):
+        assert not found.available
+        assert "the device is sm_75" in found.reason
+        assert found.reason.endswith(", or leave cuda:1 out of CUDA_VISIBLE_DEVICES")
+    capabilities[1] = 9, 0
+    for found in (backends._cuda(), backends._triton()):
+        assert found.available and "sm_90, sm_80" in found.reason
+
+
+@needs_triton
+@pytest.mark.parametrize("value", ["1", "true", "Yes", "ON", "y", "0", "false", "2", ""])
+def test_the_interpreter_is_asked_for_in_tritons_own_words(monkeypatch, value):
+    from triton import knobs
+
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert backends._triton_interprets() == knobs.runtime.interpret
 
 
 def test_the_environment_chooses_for_auto_alone(fresh_choice, monkeypatch):
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "reference")
     assert backends.resolve("auto", "cpu") == "reference" and backends.resolve("cpp", "cpu") == "cpp"
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "fast")
-    with pytest.raises(InputError, match="unknown backend 'fast'"):
+    with pytest.raises(InputError, match="BNFUSE_BACKEND=fast in the environment: unknown backend 'fast'; choose one of auto"):
         backends.resolve("auto", "cpu")
+    with pytest.raises(InputError, match="^unknown backend 'slow'"):
+        backends.resolve("slow", "cpu")
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "cpp")
+    with pytest.raises(BackendError, match="BNFUSE_BACKEND=cpp in the environment: .* asked for a tensor on 'cuda'"):
+        backends.resolve("auto", "cuda")
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpp"])
+def test_an_unknown_instruction_set_is_an_error_and_no_reason_to_be_slow(backend):
+    program = "import torch, bnfuse; print(bnfuse.ops.group_moments(torch.ones(2, 3), backend='reference')[0].tolist())\n"
+    program += f"bnfuse.ops.group_moments(torch.ones(2, 3), backend={backend!r})"
+    environment = {**os.environ, "BNFUSE_INSTRUCTION_SET": "avx"}
+    environment.pop("BNFUSE_BACKEND", None)
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert "BackendError: " in ran.stderr and "BNFUSE_INSTRUCTION_SET is 'avx', expected one of " in ran.stderr
+    assert "pip install" not in ran.stderr and "slow reference" not in ran.stderr
+    assert "[[1.0, 1.0, 1.0]]" in ran.stdout
 
 
 # ---- the operators on Triton ----

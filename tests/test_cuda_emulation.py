@@ -236,6 +236,23 @@ def test_the_same_bits_in_any_order(kernels, shape, layout, act, residual):
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape, layout", [((9, 24, 8, 8), "rows"), ((9, 24, 8, 8), "contiguous"), ((9, 24, 7, 7), "contiguous")], ids=str
+)
+def test_the_same_bits_at_any_address(kernels, shape, layout, dtype):
+    given, moved = ("contiguous_rows", "offset_rows") if layout == "rows" else ("contiguous", "offset")
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    runs = []
+    for layouts in ((given, given), (moved, given), (given, moved)):
+        case = case_of(shape, given, dtype=dtype, groups=[4, 5], residual=True)
+        case.x, case.residual = laid_out(values, layouts[0]), laid_out(case.residual, layouts[1])
+        runs.append((*forward_and_backward(kernels, case), *kernels.group_moments(case.x, case.group_starts)))
+    assert laid_out(values, moved).data_ptr() % 16
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
+
+
 @every_walk
 @pytest.mark.parametrize("multiprocessors", [1, 132])
 def test_cancellation(kernels, shape, layout, multiprocessors):
@@ -358,6 +375,19 @@ def test_more_sites_than_a_launch_takes(kernels):
     loss = Loss(3, [1 + s % 5 for s in range(250)], 4, torch.float64)
     for actual, expected in zip(kernels.bn_loss(*arguments_of(loss)), torch.ops.bnfuse_cpp.bn_loss(*arguments_of(loss))):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_the_loss_is_rounded_once(kernels):
+    """Distances enter it in float64: sites that all but cancel leave what float32 distances would have lost."""
+    loss = Loss(2, (64, 64), 1, torch.float32)
+    loss.mean[1], loss.var[1] = loss.mean[0] * (1 + 1e-6), loss.var[0]
+    half = loss.target_mean.shape[1] // 2
+    for target in (loss.target_mean, loss.target_var):
+        target[:, half:] = target[:, :half]
+    loss.site_weights = torch.tensor([1.0, -1.0])
+    double = [t.double() for t in (*loss.mean, *loss.var, loss.target_mean, loss.target_var, loss.site_weights)]
+    expected, _ = reference.bn_loss(double[:2], double[2:4], *double[4:6], None, double[6], *arguments_of(loss)[6:])
+    torch.testing.assert_close(kernels.bn_loss(*arguments_of(loss))[0].double(), expected, rtol=1e-6, atol=0)
 
 
 def test_a_class_that_the_table_does_not_hold_makes_its_group_nan(kernels):

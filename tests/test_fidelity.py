@@ -231,6 +231,55 @@ def test_each_ablation_changes_something_and_the_curves_follow_the_recipe(monkey
     assert set(BASES) >= {problem.recipe for problem in PROBLEMS.values()}
 
 
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_no_two_ablations_do_the_same_work(problem):
+    cases = fidelity_cases.ablations(problem)
+    assert len({each.work for each in cases}) == len(cases)
+    assert cases[0].arm == "base" and {each.seed for each in cases} == {0, 1, 2}
+    assert all(each.made.seed == each.seed for each in cases)  # ± holds what the draw of the images does too
+
+
+def test_everything_kept_is_of_a_case():
+    cases = [
+        each
+        for problem in PROBLEMS.values()
+        for each in fidelity_cases.curves(problem) + fidelity_cases.students(problem) + fidelity_cases.ablations(problem)
+    ]
+    known = {each.kept_at(split) for each in cases for split in fidelity_cases.SPLITS}
+    assert set(fidelity_cases.KEPT.iterdir()) <= known, "of an earlier recipe, base or budget: to be removed"
+
+
+def test_what_students_of_labelled_views_ignore_makes_no_other_work():
+    problem = PROBLEMS["digits"]
+    base = next(each for each in fidelity_cases.ablations(problem) if each.labels == "views")
+    for ignored in fidelity_cases.NOT_OF_VIEWS:
+        assert replace(base, training=base.training | {ignored: 1 if ignored == "shift" else 0.5}).work == base.work
+    hard = replace(base, labels="hard")
+    assert replace(hard, training=hard.training | {"shift": 3}).work != hard.work
+    others = {each.arm for each in fidelity_cases.ablations(problem)}
+    assert "no total variation" not in others and "total variation × 10" not in others  # their base has none
+
+
+def test_a_scaled_line_is_of_the_base_it_changes():
+    def iterations(problem, name):
+        made = next(each.made for each in fidelity_cases.ablations(PROBLEMS[problem]) if each.arm == name)
+        return made.synthesis["iterations"], made.synthesis["low_resolution_iterations"]
+
+    assert iterations("cifar10", "iterations ÷ 2") == (100, 100)
+    assert iterations("digits", "iterations × 3") == (900, 0)
+
+
+def test_kept_figures_were_measured_with_these_defaults():
+    """Keys hold what recipes and bases set; whoever changes another default measures again."""
+    synthesis, training = SynthesisConfig(), TrainConfig()
+    assert (synthesis.lr, synthesis.betas, synthesis.schedule, synthesis.warmup) == (0.1, (0.5, 0.9), "cosine", 0)
+    assert (synthesis.bn_weight, synthesis.ce_weight, synthesis.tv_weight, synthesis.l2_weight) == (1, 1, 0, 0)
+    assert (synthesis.distance, synthesis.targets, synthesis.groups, synthesis.site_reduction) == ("l2", "class", "auto", "sum")
+    assert (synthesis.clip, synthesis.noise_scale, synthesis.use_std, synthesis.unbiased) == (True, 1, False, False)
+    assert (training.optimizer, training.weight_decay, training.momentum, training.warmup) == ("adamw", 0.01, 0.9, 0.1)
+    assert (training.temperature, training.sampling, training.label_smoothing) == (4, "instance", 0)
+
+
 def test_the_last_ablation_is_the_recipe():
     for_cifar10, recipe = ABLATIONS[-1], RECIPES["cifar10"]
     set_of = fidelity_cases.ablations(PROBLEMS["cifar10"])[-1].made
@@ -306,7 +355,7 @@ def test_results_become_tables_and_a_picture(page, kept):
         "| synthetic | soft | 10 a class | 90.0% | 0.100 | 0.80 | 60 | 30 |",
         "| scikit-learn's digits, 100 images a class | labels | resnet20 | convnet3 | wide_resnet20 |",
         "| noise | hard | 51.0 ± 1.0 (44–58) | 25.0 (19–32) | 25.0 (19–32) |",
-        "On 200 held-out training images, 1 seed of the student.",
+        "On 200 held-out training images, one seed of images and student.",
         "| global targets | targets | `--targets global` |  | 62.5 (+12.5) | 62.5 (+12.5) | 0.80 | 60 |",
     ):
         assert text in written, text

@@ -320,53 +320,48 @@ def changed(**changes):
 
 
 @pytest.mark.parametrize(
-    "change, error, message",
+    "change, message",
     [
-        (changed(options={"distance": "cosine"}), InputError, r"unknown distance 'cosine'; choose one of l2, l2_squared, mse"),
-        (changed(mean=lambda _: []), InputError, r"at least one site, got none"),
-        (changed(classes=lambda _: None), InputError, r"class-wise targets need the class of each group: pass classes"),
-        (changed(classes=lambda c: c.fill_(4)), RuntimeError, r"classes must be from 0 to 3, got 4"),
-        (changed(classes=lambda c: c.fill_(-1)), RuntimeError, r"classes must be from 0 to 3, got -1"),
-        (changed(classes=lambda c: c[:2]), RuntimeError, r"classes must be int64 \[3\], got int64 \[2\]"),
-        (changed(classes=lambda c: c.int()), RuntimeError, r"classes must be int64 \[3\], got int32 \[3\]"),
-        (changed(mean=lambda m: [t.half() for t in m]), RuntimeError, r"moments must be float32 or float64, got float16"),
-        (changed(var=lambda v: v[:1]), RuntimeError, r"var must have one tensor a site, 2, got 1"),
-        (changed(var=lambda v: [v[0], v[1].float()]), RuntimeError, r"var must be float64 \[3, 2\], got float32 \[3, 2\]"),
-        (changed(var=lambda v: [v[1], v[0]]), RuntimeError, r"var must be float64 \[3, 5\], got float64 \[3, 2\]"),
-        (changed(mean=lambda m: [m[0], m[1][:2]]), RuntimeError, r"mean must be float64 \[3, 2\], got float64 \[2, 2\]"),
-        (changed(mean=lambda m: [t[0] for t in m]), RuntimeError, r"mean must be \[G, C\] at every site, got float64 \[5\]"),
-        (changed(target_mean=lambda t: t[:, :-1]), RuntimeError, r"target_mean must be float64 \[4, 7\], got float64 \[4, 6\]"),
-        (changed(target_mean=lambda t: t[:, 0]), RuntimeError, r"target_mean must be \[K, 7\], got float64 \[4\]"),
-        (changed(target_var=lambda t: t[:3]), RuntimeError, r"target_var must be float64 \[4, 7\], got float64 \[3, 7\]"),
-        (changed(target_var=lambda t: t.float()), RuntimeError, r"target_var must be float64 \[4, 7\], got float32"),
-        (changed(site_weights=lambda w: w[:1]), RuntimeError, r"site_weights must be float64 \[2\], got float64 \[1\]"),
-        (changed(site_weights=lambda w: w.float()), RuntimeError, r"site_weights must be float64 \[2\], got float32 \[2\]"),
+        (changed(options={"distance": "cosine"}), r"unknown distance 'cosine'; choose one of l2, l2_squared, mse"),
+        (changed(mean=lambda _: []), r"at least one site, got none"),
+        (changed(mean=lambda m: (t for t in m)), r"mean must be a list or tuple of \[G, C\] tensors.* got a generator"),
+        (changed(var=lambda v: torch.stack([v[0], v[0]])), r"var must be a list or tuple of .* got a Tensor"),
+        (changed(classes=lambda _: None), r"class-wise targets need the class of each group: pass classes"),
+        (changed(classes=lambda c: c.fill_(4)), r"classes must be from 0 to 3, got \[4, 4, 4\]"),
+        (changed(classes=lambda c: c.fill_(-1)), r"classes must be from 0 to 3, got \[-1, -1, -1\]"),
+        (changed(classes=lambda c: c[:2]), r"classes must be int64 \[3\] on cpu, one a group, got torch.int64 \[2\]"),
+        (changed(classes=lambda c: c.int()), r"classes must be int64 \[3\] on cpu, one a group, got torch.int32 \[3\]"),
+        (changed(mean=lambda m: [t.half() for t in m]), r"mean must be float32 or float64, got torch.float16 \[3, 5\]"),
+        (changed(var=lambda v: v[:1]), r"var must have one tensor a site, 2 as mean has, got 1"),
+        (changed(var=lambda v: [v[0], v[1].float()]), r"var .* at site 1 torch.float64 \[3, 2\] .* got torch.float32 \[3, 2\]"),
+        (changed(var=lambda v: [v[1], v[0]]), r"var .* at site 0 torch.float64 \[3, 5\] .* got torch.float64 \[3, 2\]"),
+        (changed(var=lambda v: [t[:1] for t in v]), r"var .* at site 0 torch.float64 \[3, 5\] .* got torch.float64 \[1, 5\]"),
+        (changed(mean=lambda m: [m[0], m[1][:2]]), r"mean must be \[G, C\] .* site 0 has .* \[3, 5\] .* site 1 .* \[2, 2\]"),
+        (changed(mean=lambda m: [t[0] for t in m]), r"mean must be \[G, C\] .* site 0 has torch.float64 \[5\]"),
+        (changed(mean=lambda m: [t[0, 0] for t in m]), r"mean must be \[G, C\] .* site 0 has torch.float64 \[\]"),
+        (changed(target_mean=lambda t: t[:, :-1]), r"target_mean must be torch.float64 \[K, 7\] .* got torch.float64 \[4, 6\]"),
+        (changed(target_mean=lambda t: t[:, :1]), r"target_mean must be torch.float64 \[K, 7\] .* got torch.float64 \[4, 1\]"),
+        (changed(target_mean=lambda t: t[:0]), r"target_mean must be torch.float64 \[K, 7\] .* got torch.float64 \[0, 7\]"),
+        (changed(target_mean=lambda t: t[0]), r"target_mean must be torch.float64 \[K, 7\] .* got torch.float64 \[7\]"),
+        (changed(target_mean=lambda t: t[0, 0]), r"target_mean must be torch.float64 \[K, 7\] .* got torch.float64 \[\]"),
+        (changed(target_var=lambda t: t[:3]), r"target_var must be torch.float64 \[K, 7\] .* got torch.float64 \[3, 7\]"),
+        (changed(target_var=lambda t: t.float()), r"target_var must be torch.float64 \[K, 7\] .* got torch.float32"),
+        (changed(site_weights=lambda w: w[:1]), r"site_weights must be torch.float64 \[2\] .* got torch.float64 \[1\]"),
+        (changed(site_weights=lambda w: w.float()), r"site_weights must be torch.float64 \[2\] .* got torch.float32 \[2\]"),
+        (changed(target_mean=lambda t: t.requires_grad_()), r"target_mean asks for a gradient, .* mean and var alone; detach"),
+        (changed(target_var=lambda t: t.requires_grad_()), r"target_var asks for a gradient"),
+        (changed(site_weights=lambda w: w.requires_grad_()), r"site_weights asks for a gradient"),
     ],
 )
 @pytest.mark.parametrize("gradients", [False, True], ids=["no_gradient", "gradient"])
-def test_says_what_it_expected_and_got(change, error, message, gradients):
-    loss = Loss(3, (5, 2), 4)
+@pytest.mark.parametrize("backend, distance", [("cpp", "l2"), ("reference", "l2"), ("cpp", "kl_reverse")])
+def test_says_what_it_expected_and_got(backend, distance, change, message, gradients):
+    loss = Loss(3, (5, 2), 4, distance=distance)
     change(loss)
-    if gradients:
+    if gradients and isinstance(loss.mean, list):
         loss.mean = [t.detach().requires_grad_() for t in loss.mean]
-    with pytest.raises(error, match=message):
-        loss("cpp")
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda c: c.fill_(4), r"classes must be from 0 to 3, got \[4, 4, 4\]"),
-        (lambda c: c.fill_(-1), r"classes must be from 0 to 3, got \[-1, -1, -1\]"),
-        (lambda c: c[:2], r"classes must be int64 \[3\] on cpu, one a group, got torch.int64 \[2\]"),
-        (lambda c: c.int(), r"classes must be int64 \[3\] on cpu, one a group, got torch.int32 \[3\]"),
-    ],
-)
-def test_the_reference_takes_no_other_classes_either(change, message):
-    loss = Loss(3, (5, 2), 4)
-    loss.classes = change(loss.classes)
     with pytest.raises(InputError, match=message):
-        loss("reference")
+        loss(backend)
 
 
 def test_the_operator_refuses_what_python_would_have():
@@ -381,10 +376,21 @@ def test_the_operator_refuses_what_python_would_have():
         torch.ops.bnfuse_cpp.bn_loss(*arguments[:4], None, arguments[5], *options)
 
 
-def test_raw_operator_refuses_no_sites_with_a_gradient_asked_for():
-    target = torch.zeros(1, 0, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"at least one site, got none"):
-        torch.ops.bnfuse_cpp.bn_loss([], [], target, target, None, torch.zeros(0), "l2", False, 1e-8, 0.0, 1.0, 1.0)
+@pytest.mark.parametrize("name", ["target_mean", "target_var", "site_weights"])
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_the_operator_drops_no_gradient_that_was_asked_for(backend, name):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    loss = Loss(1, (5,), 1)
+    tensors = {n: getattr(loss, n).to(device) for n in ("target_mean", "target_var", "site_weights")}
+    tensors[name].requires_grad_()
+    target_mean, target_var, weights = tensors.values()
+    moments = [loss.mean[0].to(device)], [loss.var[0].to(device)]
+    with pytest.raises((RuntimeError, InputError), match="gives (no gradient|one to mean and var alone)"):
+        getattr(torch.ops, f"bnfuse_{backend}").bn_loss(
+            *moments, target_mean, target_var, None, weights, "l2", False, 1e-8, 0.0, 1.0, 1.0
+        )
 
 
 # ---- as PyTorch sees it ----

@@ -23,6 +23,7 @@ WALKS = {
     "planes_across_samples": ((43, 3, 5, 7), "contiguous"),  # tiles of several planes; 129 of them leave one
     "planes_cut_between_channels": ((3, 70, 25, 25), "contiguous"),
     "tiny_planes": ((300, 5, 3, 3), "contiguous"),
+    "tiny_planes_many_channels": ((40, 70, 3, 3), "contiguous"),
     "small_planes": ((300, 5, 7, 7), "contiguous"),
     "small_planes_many_channels": ((40, 70, 9, 9), "contiguous"),
     "rows": ((4, 70, 17, 19), "channels_last"),

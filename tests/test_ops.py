@@ -11,10 +11,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from functorch.compile import aot_function, nop
 from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import LARGE_MEAN_VARIANCE_RELATIVE, assert_elements_close, assert_moments_close
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bnfuse import backends, ops, reference
 from bnfuse.errors import BackendError, InputError
@@ -150,7 +153,8 @@ def test_agrees_for_every_kernel(dtype, act, residual):
         ((13, 3, 7, 7), "contiguous"),  # tiles of planes of several samples, which the groups cut
         ((7, 37, 5, 9), "offset"),  # the same, and no plane is aligned
         ((3, 70, 25, 25), "contiguous"),  # a sample in several pieces
-        ((200, 5, 3, 3), "contiguous"),  # tiny planes
+        ((200, 5, 3, 3), "contiguous"),  # tiny planes: several samples a row of the tile, some left over
+        ((40, 70, 3, 3), "contiguous"),  # tiny planes of many channels
         ((3, 3, 71, 73), "channels_last"),  # few channels: several positions a row of the tile, some left over
         ((3, 70, 31, 33), "channels_last"),  # several tiles and chunks of rows
         ((3, 523, 9, 11), "channels_last"),  # channels in several tiles
@@ -390,6 +394,12 @@ def operator_arguments(backend: str, layout: str, act: str, residual: bool):
     }
 
 
+def test_the_schemas_in_python_are_those_in_c():
+    for name, schema in (ops.SCHEMAS | ops.COMPILED_SCHEMAS).items():
+        compiled = getattr(torch.ops.bnfuse_cpp, name).default._schema
+        assert str(compiled) == str(torch._C.parse_schema(f"bnfuse_cpp::{name}{schema}"))
+
+
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("operator", ["bn_forward", "bn_backward", "group_moments", "group_moments_backward"])
@@ -421,6 +431,49 @@ def test_compiles_to_one_graph(backend, layout):
         assert_elements_close(actual, expected, torch.float64)
 
 
+def under_fake_tensors(function, x):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return function(x)
+
+
+TRACED = {
+    "aot_function": lambda f, x: aot_function(f, fw_compiler=nop)(x.requires_grad_()),
+    "functionalize": lambda f, x: torch.func.functionalize(f)(x),
+    "make_fx": lambda f, x: make_fx(torch.func.functionalize(f), tracing_mode="fake")(x)(x),
+    "make_fx_symbolic": lambda f, x: make_fx(torch.func.functionalize(f), tracing_mode="symbolic")(x)(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(x[None])[0],
+    "fake": under_fake_tensors,
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("trace", TRACED)
+def test_what_traces_leaves_nothing_behind(trace):
+    """The groups that are kept from call to call are ordinary tensors, whatever the first call of a batch size ran under."""
+    x = make_case((5, 3, 2, 2)).x
+    ops._cached_one_group.cache_clear()
+    # make_fx lifts no tensor that a function closes over.
+    traced = TRACED[trace](lambda x: ops.bn_act(x, torch.ones(3), torch.zeros(3), backend="cpp")[0], x.clone())
+    assert traced.shape == x.shape
+    y, mean, _ = ops.bn_act(x, ONE, ZERO, backend="cpp")
+    for tensor in (y, mean, ops._cached_one_group(5, x.device)):
+        assert type(tensor) is Tensor and not torch._is_functional_tensor(tensor)
+        assert not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    assert torch.equal(y, x) and ops._cached_one_group(5, x.device).tolist() == [0, 5]
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_groups_and_classes_are_not_read_while_something_traces(backend):
+    def losses(x, starts, classes, constants, targets):
+        options = dict(group_starts=starts, classes=classes, backend="cpp")
+        _, loss, mean, var = ops.bn_act_loss(x.transpose(2, 3), *constants, *targets, **options)
+        return loss + ops.bn_loss([mean], [var], *targets, constants[0][:1], classes=classes, backend=backend)[0]
+
+    arguments = torch.tensor([0, 2, 4]), torch.tensor([1, 0]), torch.stack([ONE, ZERO]), torch.ones(2, 2, 3)
+    traced = aot_function(losses, fw_compiler=nop)(X.clone().requires_grad_(), *arguments)
+    assert torch.equal(traced, losses(X, *arguments))
+
+
 def test_gradients_that_are_views_are_taken_as_they_are():
     """Autograd hands over expanded and transposed gradients; the kernels walk dense memory."""
     case = make_case((4, 3, 5, 6), dtype=torch.float64, act="identity", residual=True)
@@ -447,6 +500,8 @@ ONE, ZERO = torch.ones(3), torch.zeros(3)
         (dict(x=X.long()), r"x must be one of torch.float32, .*, got torch.int64"),
         (dict(x=X[0, 0, 0]), r"x must be \[N, C, \*spatial\] with 0 to 3 spatial dimensions, got shape \[2\]"),
         (dict(x=torch.zeros(1, 3, 1, 1, 1, 1)), r"0 to 3 spatial dimensions, got shape \[1, 3, 1, 1, 1, 1\]"),
+        (dict(x=torch.zeros(8)[::2], group_starts=torch.tensor([0, 4])), r"with 0 to 3 spatial dimensions, got shape \[4\]"),
+        (dict(group_starts=[0, 4]), r"group_starts must be a tensor, int64 \[G \+ 1\], got a list"),
         (dict(scale=torch.ones(4)), r"scale must be torch.float32 \[3\] .* got torch.float32 \[4\]"),
         (dict(shift=ZERO.double()), r"shift must be torch.float32 \[3\] .* got torch.float64 \[3\]"),
         (dict(x=X.double()), r"scale must be torch.float64 \[3\] .* got torch.float32 \[3\]"),
@@ -470,6 +525,46 @@ def test_bn_act_says_what_it_expected_and_got(change, message):
     arguments = {"x": X, "scale": ONE, "shift": ZERO, **change}
     with pytest.raises(InputError, match=message):
         ops.bn_act(arguments.pop("x"), arguments.pop("scale"), arguments.pop("shift"), **arguments)
+
+
+@pytest.mark.parametrize("name", ["residual", "scale", "shift", "group_starts", "target_mean", "target_var", "classes"])
+def test_one_argument_without_memory_is_an_error(name):
+    """A tensor on "meta" takes the whole operator there, whose outputs would be memory that nobody wrote."""
+    tensors = dict(x=X, residual=X, scale=ONE, shift=ZERO, target_mean=torch.zeros(2, 3), target_var=torch.ones(2, 3))
+    tensors |= dict(group_starts=torch.tensor([0, 4]), classes=torch.tensor([1]))
+    tensors[name] = tensors[name].to("meta")
+    with pytest.raises(InputError, match="meta"):
+        ops.bn_act_loss(**tensors, backend="cpp")
+    targets = {key: tensors.pop(key) for key in ("target_mean", "target_var", "classes")}
+    with pytest.raises(InputError, match="meta"):
+        if name in tensors:
+            ops.bn_act(**tensors, backend="cpp")
+        else:
+            ops.bn_loss([ZERO[None]], [ONE[None]], **targets, site_weights=ONE[:1], backend="cpp")
+
+
+def test_the_groups_that_a_graph_has_captured_are_never_let_go():
+    """Nothing but bnfuse keeps the memory that each replay reads, however many batch sizes come after it."""
+    first = ops.check_group_starts(None, torch.empty(7, 1))
+    for samples in range(1000, 1200):
+        ops.check_group_starts(None, torch.empty(samples, 1))
+    assert ops.check_group_starts(None, torch.empty(7, 1)) is first
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+def test_nothing_without_channels_is_held_against_targets(backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("Triton is not interpreted where there is a GPU")
+    x, none, table = torch.zeros(4, 0, 2), torch.zeros(0), torch.zeros(1, 0)
+    with pytest.raises(InputError, match=r"x must have at least one channel to be held against targets, got shape \[4, 0, 2\]"):
+        ops.bn_act_loss(x, none, none, table, table, group_starts=torch.tensor([0, 4]), backend=backend)
+    moments = [torch.ones(1, 2), torch.ones(1, 0)]
+    for sites in (moments, moments[1:]):
+        targets = torch.ones(1, sum(site.shape[1] for site in sites))
+        with pytest.raises(InputError, match=r"the mean of every site must have at least one channel .* got shape \[1, 0\]"):
+            ops.bn_loss(sites, sites, targets, targets, torch.ones(len(sites)), backend=backend)
 
 
 def test_a_backend_that_cannot_run_on_the_device_is_an_error():

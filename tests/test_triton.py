@@ -9,8 +9,9 @@ import contextlib
 import json
 import math
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -640,7 +641,7 @@ def test_a_graph_captures_a_whole_step_and_replays_it_on_new_values(layout):
 
 def walk(**changes) -> boundary.Walk:
     given = {"planes": False, "samples": 256, "channels": 64, "plane": 112 * 112, "groups": 1, "dtype": torch.bfloat16}
-    return boundary.Walk(**{**given, **changes})
+    return boundary.Walk(**{**given, "device": torch.device("cpu"), **changes})
 
 
 @given(
@@ -691,6 +692,15 @@ def test_pinned_configurations_hold_in_every_thread_and_end_with_the_block():
             ask()
     ask()
     assert seen == [second, first, tuning.heuristic("forward_rows", walk())]
+
+
+def test_a_pinned_block_takes_its_own_entry_away():
+    first, second = Config(4, 256, 16), Config(2, 64, 3)
+    with kernels.pinned(forward_rows=first), kernels.pinned(forward_rows=second):
+        with kernels.pinned(forward_rows=first):
+            assert tuning.choose("forward_rows", walk(), None) == first
+        assert tuning.choose("forward_rows", walk(), None) == second
+    assert tuning.choose("forward_rows", walk(), None) == tuning.heuristic("forward_rows", walk())
 
 
 def test_the_environment_pins_configurations(monkeypatch, tmp_path):
@@ -756,6 +766,37 @@ def test_what_was_measured_is_kept_for_its_class_of_shapes(autotuned, monkeypatc
     assert tuning.choose("forward_rows", walk(), None) == chosen and autotuned
 
 
+def test_what_another_process_found_first_is_taken(autotuned, monkeypatch):
+    found = Config(16, 64, 5)
+
+    def measure(run, config):  # meanwhile the other process writes
+        machine, shapes = f"GPU, triton {triton.__version__}", tuning.shape_class("forward_rows", walk())
+        tuning.cache_path().parent.mkdir(exist_ok=True)
+        tuning.cache_path().write_text(json.dumps({machine: {shapes: asdict(found)}}))
+        return 1.0
+
+    monkeypatch.setattr(tuning, "measure", measure)
+    assert tuning.choose("forward_rows", walk(), None) == found
+    assert json.loads(tuning.cache_path().read_text()).popitem()[1].popitem()[1] == asdict(found)
+
+
+def test_what_is_measured_runs_on_the_device_of_x(autotuned, monkeypatch):
+    current = [torch.device("cuda", 0)]
+
+    @contextlib.contextmanager
+    def device(chosen):
+        current.append(chosen)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(tuning, "_device_name", lambda: f"GPU {current[-1].index}")
+    monkeypatch.setattr(tuning, "measure", lambda run, config: autotuned.append(current[-1].index) or 1.0)
+    tuning.choose("forward_rows", walk(device=torch.device("cuda", 1)), None)
+    assert set(autotuned) == {1} and len(current) == 1
+    assert [*json.loads(tuning.cache_path().read_text())] == [f"GPU 1, triton {triton.__version__}"]
+
+
 def test_nothing_is_measured_while_a_graph_is_captured(autotuned, monkeypatch):
     measured = tuning.choose("forward_rows", walk(), None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -784,6 +825,67 @@ def test_a_spoilt_cache_is_an_error_that_says_what_to_do(autotuned):
         tuning.choose("forward_rows", walk(), None)
 
 
+# ---- groups that do not fit x, which the host cannot see ----
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """What a kernel touches outside of its tensors is an error. A tensor's own elements alone count, not all of its memory."""
+    interpreter, launch = pytest.importorskip("triton.runtime.interpreter"), boundary.launch
+    allowed = []
+
+    def launch_watched(kernel, programs, *arguments, **options):
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        allowed[:] = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
+        launch(kernel, programs, *arguments, **options)
+
+    def check(pointers, mask):
+        touched = pointers.data[mask.data]
+        inside = np.zeros(touched.shape, bool)
+        for begin, end in allowed:
+            inside |= (touched >= begin) & (touched < end)
+        assert inside.all(), "an access outside of every tensor"
+
+    def watch(name, place):
+        access = getattr(interpreter.InterpreterBuilder, name)
+
+        def checked(self, pointers, *arguments):
+            check(pointers, arguments[place])
+            return access(self, pointers, *arguments)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, name, checked)
+
+    watch("create_masked_load", 0)
+    watch("create_masked_store", 1)
+    monkeypatch.setattr(boundary, "launch", launch_watched)
+
+
+@pytest.mark.skipif(not boundary.INTERPRETED, reason="only the interpreter sees each access")
+@pytest.mark.parametrize(
+    "starts", [[0, -5, 9], [0, 3, 99], [4, 2, 0], [0, 0, 0], [2**62, -(2**62), 7], [5, 99], [0, 8], [6, 0, 6, 0, 6]], ids=str
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_wrong_group_starts_lead_nowhere_outside_of_x(watched, starts, layout, cut):
+    """What comes out is undefined."""
+    case = make_case((6, 8, 3, 3), layout=layout, residual=True, act="silu")
+    case.group_starts, like = torch.tensor(starts), torch.ones(len(starts) - 1, 8)
+    case.dmean = case.dvar = like
+    with pinned(cut):
+        forward(case)
+        kernels.bn_backward(*backward_arguments(case, like, torch.empty(0, dtype=torch.uint8)))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_groups_beyond_the_batch_end_with_it(layout):
+    memory = torch.full((9, 2, 3, 3), math.nan, device=DEVICE)
+    memory = memory.to(memory_format=torch.channels_last) if layout == "channels_last" else memory
+    x = memory[:6].fill_(1.0)
+    for starts in ([0, 8], [-2, 8], [0, 3, 8]):
+        mean, var = kernels.group_moments(x, torch.tensor(starts, device=DEVICE))
+        assert (mean == 1).all() and not var.any(), starts
+
+
 # ---- what is refused ----
 
 X = torch.zeros(4, 3, 2, 2, device=DEVICE)
@@ -809,6 +911,20 @@ def test_forward_says_what_it_expected_and_got(change, message):
     given = {"x": X, "residual": None, "scale": ONE, "shift": ZERO, "group_starts": STARTS, "act": "relu", "slope": 0.0}
     with pytest.raises(InputError, match=message):
         kernels.bn_forward(*{**given, **change}.values())
+
+
+def test_planes_that_32_bits_do_not_count_are_refused(monkeypatch):
+    monkeypatch.setattr(boundary, "check_device", lambda tensor: None)
+    starts = torch.empty(2, dtype=torch.int64, device="meta")
+    for plane in (2**30 + 1, 2**31):
+        x = torch.empty(1, 2, plane, device="meta")
+        with pytest.raises(InputError, match=f"x has planes of {plane} elements, more than {2**30}"):
+            kernels.bn_forward(x, None, *torch.empty(2, 2, device="meta"), starts, "relu", 0.0)
+        with pytest.raises(InputError, match=f"x has planes of {plane} elements"):
+            kernels.group_moments_backward(x, torch.empty(1, 2, device="meta"), None, None, starts)
+    assert boundary.check_x(torch.empty(1, 2, 2**30, device="meta"), starts).planes
+    rows = torch.empty(1, 2**31, 2, device="meta").movedim(-1, 1)
+    assert not boundary.check_x(rows, starts).planes
 
 
 def test_backward_says_what_it_expected_and_got():

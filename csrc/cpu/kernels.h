@@ -33,7 +33,7 @@ constexpr int64_t COLUMN_TILE = 2048;  // columns of an item at most
 struct ColumnWalk {
   int64_t channels;       // C
   int64_t run;            // columns a channel: L where the table is [N, C·L], else 1
-  int64_t fold;           // rows that count as one long row, a power of two, where C is small; else 1
+  int64_t fold;           // rows that count as one long row, a power of two; 1 where rows are long
   int64_t tile_channels;  // channels of an item at most; a multiple of 8 unless it is all or run > 1
   int64_t channel_tiles;
   const RowChunk* chunks;
@@ -75,8 +75,8 @@ struct Backward {
   void* dresidual;               // like x, or null
 };
 
-// Each function does the share [begin, end) of the walk's items, or (backward_planes) of the planes. Shares may run at the same time, and
-// how the work is cut into shares changes no bit of the result.
+// Each function does the share [begin, end) of the walk's items, or (backward_planes) of the planes. Shares may run at the
+// same time, and how the work is cut into shares changes no bit of the result.
 struct Kernels {
   const char* instruction_set;
   void (*forward_planes)(const Forward&, const PlaneWalk&, int64_t begin, int64_t end);

@@ -1,13 +1,14 @@
 // The CPU kernels, included once by each kernels_<instruction set>.cpp, which names the set and is compiled for it.
 //
-// Each kernel walks its share in *tiles* that fit the first-level cache, and runs a few plain loops over each tile: the
-// moments, then the output. Memory is read once; the later loops find the tile in cache. The loops are written for the
-// compiler to vectorise: a tile is [rows, width], and the inner loop runs over `width` without a branch. All arithmetic is
-// in the accumulator's type A; narrower elements are converted tile by tile.
+// Each kernel walks its share in *tiles* that fit the first-level cache, and runs a few plain loops over each tile: one for
+// what the moments are taken about, then one for moments and output. Memory is read once; later loops find the tile in
+// cache. The loops are in vectors, or written for the compiler to make them so: a tile is [rows, width], and the inner loop
+// runs over `width` without a branch. All arithmetic is in the accumulator's type A; narrower elements are converted tile
+// by tile.
 //
 //   planes   a tile is a piece of one plane or some planes, as they follow in memory: each row has one channel, and one
 //            coefficient
-//   columns  a tile is some rows of some columns, every column has its own coefficients, and moments and output are one loop
+//   columns  a tile is some rows of some columns, and every column has its own coefficients
 //
 // Everything sits in an unnamed namespace, and no header with code of its own is included but for the compiler's
 // intrinsics: a function shared with another set might be the copy compiled for a processor that is not there.
@@ -183,12 +184,14 @@ struct VectorOf<float> {
   using Bits = int32_t;
   typedef float type __attribute__((vector_size(VECTOR_BYTES)));
   typedef Bits bits __attribute__((vector_size(VECTOR_BYTES)));
+  typedef uint8_t bytes __attribute__((vector_size(VECTOR_BYTES / sizeof(Bits))));
 };
 template <>
 struct VectorOf<double> {
   using Bits = int64_t;
   typedef double type __attribute__((vector_size(VECTOR_BYTES)));
   typedef Bits bits __attribute__((vector_size(VECTOR_BYTES)));
+  typedef uint8_t bytes __attribute__((vector_size(VECTOR_BYTES / sizeof(Bits))));
 };
 
 template <typename A>
@@ -206,10 +209,24 @@ BNFUSE_INLINE void store_vector(typename VectorOf<A>::type v, A* x) {
   memcpy(x, &v, sizeof(v));
 }
 
-// Elements from x to the first that a vector is aligned to.
+// of<SAME> for LANES columns from i on.
+template <bool SAME, typename A>
+BNFUSE_INLINE typename VectorOf<A>::type vector_of(const A* values, int64_t r, int64_t i) {
+  return SAME ? values[r] - typename VectorOf<A>::type{} : load_vector(values + i);
+}
+
+// Lanes that are 0 or not, as bytes of 0 and 1, and back.
 template <typename A>
-BNFUSE_INLINE int64_t to_alignment(const A* x) {
-  return -int64_t(reinterpret_cast<uintptr_t>(x) / sizeof(A)) & (LANES<A> - 1);
+BNFUSE_INLINE void store_flags(typename VectorOf<A>::bits lanes, uint8_t* flags) {
+  const auto bytes = __builtin_convertvector(lanes & 1, typename VectorOf<A>::bytes);
+  memcpy(flags, &bytes, sizeof(bytes));
+}
+
+template <typename A>
+BNFUSE_INLINE typename VectorOf<A>::bits load_flags(const uint8_t* flags) {
+  typename VectorOf<A>::bytes bytes;
+  memcpy(&bytes, flags, sizeof(bytes));
+  return __builtin_convertvector(bytes, typename VectorOf<A>::bits) != 0;
 }
 
 // Every other lane of a and then of b: the first, third, … or the second, fourth, …
@@ -296,6 +313,15 @@ void exact_moments(const A* x, int64_t n, double& mean, double& m2) {
   for (int64_t i = 0; i < n; ++i) m2 += (double(x[i]) - mean) * (double(x[i]) - mean);
 }
 
+// The sums of the rows of a tile, a plane or a piece of one each: LANES rows at most.
+template <typename A>
+struct PlaneSums {
+  using Vector = typename VectorOf<A>::type;
+  A pivots[LANES<A>];  // near the rows' means
+  Vector s[LANES<A>];  // lanes whose sum is Σ(x − pivot)
+  Vector q[LANES<A>];  // lanes whose sum is Σ(x − pivot)²
+};
+
 // Planes or pieces of planes, all n elements long: what their moments need that is the same for each of them.
 //
 // First the mean of a plane, then first and second moments about it: what rounding took from the mean comes back through
@@ -338,57 +364,58 @@ struct Span {
     return (sum0 + sum1) + (sum2 + sum3);
   }
 
-  // Lanes whose sums are Σ(x − pivot) and Σ(x − pivot)² of x [n].
-  BNFUSE_INLINE void sums_about(const A* x, A pivot, Vector& s, Vector& q) const {
+  // Adds row r, x [n], to the sums, and hands each of its vectors to use(where it begins, vector). The last one overlaps the one
+  // before where the row ends amid it; a row shorter than a vector is not handed on.
+  template <typename Use>
+  BNFUSE_INLINE void add_row(const A* x, int64_t r, PlaneSums<A>& sums, const Use& use) const {
+    const A pivot = sums.pivots[r];
     Vector s0{}, s1{}, q0{}, q1{};
+    const auto add = [&](int64_t i, Vector& s, Vector& q) __attribute__((always_inline)) {
+      const Vector v = load_vector(x + i), d = v - pivot;
+      s += d;
+      q += d * d;
+      use(i, v);
+    };
     int64_t i = 0;
     for (; i + 2 * LANES <= whole; i += 2 * LANES) {
-      const Vector d0 = load_vector(x + i) - pivot;
-      const Vector d1 = load_vector(x + i + LANES) - pivot;
-      s0 += d0;
-      s1 += d1;
-      q0 += d0 * d0;
-      q1 += d1 * d1;
+      add(i, s0, q0);
+      add(i + LANES, s1, q1);
     }
-    for (; i < whole; i += LANES) {
-      const Vector d = load_vector(x + i) - pivot;
-      s0 += d;
-      q0 += d * d;
-    }
+    if (i < whole) add(i, s0, q0);
     if (whole != n) {
-      const Vector d = keep_rest(load_last(x) - pivot);
+      const Vector v = load_last(x), d = keep_rest(v - pivot);
       s1 += d;
       q1 += d * d;
+      if (n >= LANES) use(n - LANES, v);
     }
-    s = s0 + s1;
-    q = q0 + q1;
+    sums.s[r] = s0 + s1;
+    sums.q[r] = q0 + q1;
   }
 
-  // pivots [rows] near the means of x [rows, n]; rows ≤ LANES, and there is room for LANES.
-  void find_pivots(const A* x, int64_t rows, A* pivots) const {
+  // Of x [rows, n]; rows ≤ LANES.
+  void find_pivots(const A* x, int64_t rows, PlaneSums<A>& sums) const {
     Vector lanes[LANES];
     for (int64_t r = 0; r < rows; ++r) lanes[r] = sum(x + r * n);
-    sum_rows<A>(lanes, rows, pivots);
-    for (int64_t r = 0; r < LANES; ++r) pivots[r] *= A(share);
+    sum_rows<A>(lanes, rows, sums.pivots);
+    for (int64_t r = 0; r < LANES; ++r) sums.pivots[r] *= A(share);
   }
 
-  // mean and m2 [rows] of x [rows, n] about the pivots that were found; there is room for LANES.
-  void moments(const A* x, int64_t rows, const A* __restrict pivots, double* __restrict mean, double* __restrict m2) const {
-    Vector s_lanes[LANES], q_lanes[LANES];
+  // mean and m2 [rows] of x [rows, n], whose rows were added; there is room for LANES.
+  void finish(const A* x, int64_t rows, PlaneSums<A>& sums, double* __restrict mean, double* __restrict m2) const {
     A s[LANES], q[LANES];
-    for (int64_t r = 0; r < rows; ++r) sums_about(x + r * n, pivots[r], s_lanes[r], q_lanes[r]);
-    sum_rows<A>(s_lanes, rows, s);
-    sum_rows<A>(q_lanes, rows, q);
+    sum_rows<A>(sums.s, rows, s);
+    sum_rows<A>(sums.q, rows, q);
+    const A* pivots = sums.pivots;
     int64_t finite = 1;  // as wide as a double, for the loop to vectorise
-    const auto finish = [&](int64_t r) __attribute__((always_inline)) {
+    const auto finish_row = [&](int64_t r) __attribute__((always_inline)) {
       const double off = double(s[r]) / double(n);  // not s·share: where all are alike, m2 is 0 to the last bit
       mean[r] = double(pivots[r]) + off;
       m2[r] = double(q[r]) - double(s[r]) * off;
       m2[r] = m2[r] < 0 ? 0 : m2[r];  // rounding alone makes it negative; NaN stays
       finite &= is_finite(m2[r]);
     };
-    if (rows == 1) finish(0);
-    else for (int64_t r = 0; r < LANES; ++r) finish(r);
+    if (rows == 1) finish_row(0);
+    else for (int64_t r = 0; r < LANES; ++r) finish_row(r);
     if (finite) return;
     for (int64_t r = 0; r < rows; ++r)
       if (!is_finite(m2[r])) exact_moments(x + r * n, n, mean[r], m2[r]);
@@ -397,12 +424,13 @@ struct Span {
 
 // ---- columns and their channels ----
 
-// A tile's columns: column j belongs to its channel (j / run) % channels. One of `run` and `fold` is 1.
+// A tile's columns: column j belongs to its channel (j / run) % channels.
 struct Columns {
   int64_t channels;  // of the tile
   int64_t run;       // neighbouring columns of one channel
   int64_t fold;      // times that all channels come again, a power of two
-  int64_t width() const { return fold * channels * run; }
+  int64_t period() const { return channels * run; }
+  int64_t width() const { return fold * period(); }
 };
 
 // values [channels] → one for each column, in place.
@@ -413,20 +441,17 @@ void spread(A* __restrict values, Columns columns) {
       const A value = values[c];
       for (int64_t i = 0; i < columns.run; ++i) values[c * columns.run + i] = value;
     }
-  } else {
-    for (int64_t i = columns.channels; i < columns.width(); ++i) values[i] = values[i - columns.channels];
   }
+  for (int64_t i = columns.period(); i < columns.width(); ++i) values[i] = values[i - columns.period()];
 }
 
 // values [width] → their sums over each channel's columns in values [channels].
 template <typename A>
 void gather(A* __restrict values, Columns columns) {
-  if (columns.run > 1) {
+  for (int64_t half = columns.fold / 2; half > 0; half /= 2)  // halves onto halves
+    for (int64_t i = 0; i < half * columns.period(); ++i) values[i] += values[i + half * columns.period()];
+  if (columns.run > 1)
     for (int64_t c = 0; c < columns.channels; ++c) values[c] = sum_span(values + c * columns.run, columns.run);
-  } else {
-    for (int64_t half = columns.fold / 2; half > 0; half /= 2)  // halves onto halves
-      for (int64_t i = 0; i < half * columns.channels; ++i) values[i] += values[i + half * columns.channels];
-  }
 }
 
 template <typename A>
@@ -543,20 +568,37 @@ constexpr int64_t FLAGS_APART = 8;  // that pack reads and unpack writes beyond 
 
 // flags [n] of 0 and 1 → mask [⌈n/8⌉], the last byte padded with zeros.
 BNFUSE_INLINE void pack(const uint8_t* __restrict flags, int64_t n, uint8_t* __restrict mask) {
-  const int64_t whole = n / 8 * 8;
+  int64_t i = 0;
+#ifdef __SSE2__
+  for (; i + 16 <= n; i += 16) {
+    __m128i sixteen;
+    memcpy(&sixteen, flags + i, 16);
+    const uint16_t bits = uint16_t(_mm_movemask_epi8(_mm_slli_epi16(sixteen, 7)));
+    memcpy(mask + i / 8, &bits, 2);
+  }
+#endif
   uint64_t eight = 0;
-  for (int64_t i = 0; i < whole; i += 8) {
+  for (; i + 8 <= n; i += 8) {
     memcpy(&eight, flags + i, 8);
     mask[i / 8] = pack_eight(eight);
   }
-  if (n == whole) return;
-  memcpy(&eight, flags + whole, 8);
-  mask[whole / 8] = pack_eight(eight & ((uint64_t(1) << 8 * (n - whole)) - 1));
+  if (i == n) return;
+  memcpy(&eight, flags + i, 8);
+  mask[i / 8] = pack_eight(eight & ((uint64_t(1) << 8 * (n - i)) - 1));
 }
 
 // The inverse of pack.
 BNFUSE_INLINE void unpack(const uint8_t* __restrict mask, int64_t n, uint8_t* __restrict flags) {
-  for (int64_t i = 0; i < n; i += 8) {
+  int64_t i = 0;
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  for (; i + 16 <= n; i += 16) {
+    __mmask16 bits;
+    memcpy(&bits, mask + i / 8, 2);
+    const __m128i sixteen = _mm_maskz_set1_epi8(bits, 1);
+    memcpy(flags + i, &sixteen, 16);
+  }
+#endif
+  for (; i < n; i += 8) {
     const uint64_t eight = unpack_eight(mask[i / 8]);
     memcpy(flags + i, &eight, 8);
   }
@@ -591,16 +633,16 @@ void unpack_tile(MaskTile mask, Shape shape, uint8_t* flags) {
       unpack(mask.bits + r * mask.row_stride + k * mask.segment_stride, mask.length, flags + r * shape.width + i);
 }
 
-// ---- forward, a tile of planes: y = act(scale·x + shift (+ residual)), and the flags of the mask ----
+// ---- forward, a tile of planes: y = act(scale·x + shift (+ residual)), the flags of the mask, and its sums ----
 
 // flags [rows·width], written where a mask is needed.
 template <typename A>
-using ApplyFunction = void (*)(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape, Coefficients<A>, A slope,
-                               uint8_t* flags);
+using PlanesFunction = void (*)(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape, Coefficients<A>, A slope,
+                                uint8_t* flags, const Span<A>& span, PlaneSums<A>& sums);
 
 template <typename A, Act ACT, bool RESIDUAL>
-void apply(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape shape, Coefficients<A> coefficients, A slope,
-           uint8_t* flags) {
+void apply_to_planes(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape shape, Coefficients<A> coefficients, A slope,
+                     uint8_t* flags, const Span<A>& span, PlaneSums<A>& sums) {
   constexpr bool MASK = RESIDUAL && (ACT == Act::relu || ACT == Act::relu6 || ACT == Act::leaky_relu);
   for (int64_t r = 0; r < shape.rows; ++r) {
     const A* x_row = x.data + r * x.stride;
@@ -608,51 +650,47 @@ void apply(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape shape, Coef
     A* y_row = y.data + r * y.stride;
     uint8_t* flags_row = MASK ? flags + r * shape.width : nullptr;
     const A scale = coefficients.scale[r], shift = coefficients.shift[r];
-    const auto apply_element = [&](int64_t i) __attribute__((always_inline)) {
+    // Whole vectors alone where there is one: short rows would spend most of their time on what is left over.
+    span.add_row(x_row, r, sums, [&](int64_t begin, typename VectorOf<A>::type v) __attribute__((always_inline)) {
+      typename VectorOf<A>::type z = scale * v + shift;
+      if (RESIDUAL) z += load_vector(residual_row + begin);
+      if (MASK) store_flags<A>(ACT == Act::relu6 ? (z > A(0)) & (z < A(6)) : z > A(0), flags_row + begin);
+#pragma GCC ivdep
+#pragma GCC unroll 1
+      for (int64_t i = 0; i < LANES<A>; ++i) y_row[begin + i] = activation<ACT>(z[i], slope);
+    });
+    if (shape.width >= LANES<A>) continue;
+    for (int64_t i = 0; i < shape.width; ++i) {
       A z = scale * x_row[i] + shift;
       if (RESIDUAL) z += residual_row[i];
       if (MASK) flags_row[i] = on_upper_slope<ACT>(z);
       y_row[i] = activation<ACT>(z, slope);
-    };
-    const auto apply_vector = [&](int64_t begin) __attribute__((always_inline)) {
-#pragma GCC ivdep
-#pragma GCC unroll 1
-      for (int64_t i = 0; i < LANES<A>; ++i) apply_element(begin + i);
-    };
-    // Whole vectors alone where there is one, since short rows would spend most of their time on what is left over: the first,
-    // then those to which y is aligned, whose stores touch one line of the cache each, then the last. Memory is written in order.
-    const bool vectors = shape.width >= LANES<A>;
-    const int64_t begin = vectors ? to_alignment(y_row) : 0;
-    const int64_t end = vectors ? begin + (shape.width - begin) / LANES<A> * LANES<A> : shape.width;
-    if (begin > 0) apply_vector(0);
-#pragma GCC ivdep
-    for (int64_t i = begin; i < end; ++i) apply_element(i);
-    if (end < shape.width) apply_vector(shape.width - LANES<A>);
+    }
   }
 }
 
 template <typename A, bool RESIDUAL>
-ApplyFunction<A> select_apply(Act act) {
+PlanesFunction<A> select_apply_to_planes(Act act) {
   switch (act) {
-    case Act::relu: return apply<A, Act::relu, RESIDUAL>;
-    case Act::relu6: return apply<A, Act::relu6, RESIDUAL>;
-    case Act::leaky_relu: return apply<A, Act::leaky_relu, RESIDUAL>;
-    case Act::silu: return apply<A, Act::silu, RESIDUAL>;
-    case Act::hardswish: return apply<A, Act::hardswish, RESIDUAL>;
-    default: return apply<A, Act::identity, RESIDUAL>;
+    case Act::relu: return apply_to_planes<A, Act::relu, RESIDUAL>;
+    case Act::relu6: return apply_to_planes<A, Act::relu6, RESIDUAL>;
+    case Act::leaky_relu: return apply_to_planes<A, Act::leaky_relu, RESIDUAL>;
+    case Act::silu: return apply_to_planes<A, Act::silu, RESIDUAL>;
+    case Act::hardswish: return apply_to_planes<A, Act::hardswish, RESIDUAL>;
+    default: return apply_to_planes<A, Act::identity, RESIDUAL>;
   }
 }
 
-// ---- forward, a tile of columns: its moments too, in the same loop ----
+// ---- forward, a tile of columns: the same ----
 
 // flags [rows·width], written where a mask is needed.
 template <typename A>
-using AddAndApplyFunction = void (*)(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape, Coefficients<A>, A slope,
-                                     uint8_t* flags, ColumnMoments<A>& moments);
+using ColumnsFunction = void (*)(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape, Coefficients<A>, A slope,
+                                 uint8_t* flags, ColumnMoments<A>& moments);
 
 template <typename A, Act ACT, bool RESIDUAL>
-void add_and_apply(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape shape, Coefficients<A> coefficients, A slope,
-                   uint8_t* flags, ColumnMoments<A>& moments) {
+void apply_to_columns(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape shape, Coefficients<A> coefficients, A slope,
+                      uint8_t* flags, ColumnMoments<A>& moments) {
   constexpr bool MASK = RESIDUAL && (ACT == Act::relu || ACT == Act::relu6 || ACT == Act::leaky_relu);
   const A *scale = coefficients.scale, *shift = coefficients.shift, *pivot = moments.pivot;
   A *s = moments.s, *q = moments.q;
@@ -687,14 +725,14 @@ void add_and_apply(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape sha
 }
 
 template <typename A, bool RESIDUAL>
-AddAndApplyFunction<A> select_add_and_apply(Act act) {
+ColumnsFunction<A> select_apply_to_columns(Act act) {
   switch (act) {
-    case Act::relu: return add_and_apply<A, Act::relu, RESIDUAL>;
-    case Act::relu6: return add_and_apply<A, Act::relu6, RESIDUAL>;
-    case Act::leaky_relu: return add_and_apply<A, Act::leaky_relu, RESIDUAL>;
-    case Act::silu: return add_and_apply<A, Act::silu, RESIDUAL>;
-    case Act::hardswish: return add_and_apply<A, Act::hardswish, RESIDUAL>;
-    default: return add_and_apply<A, Act::identity, RESIDUAL>;
+    case Act::relu: return apply_to_columns<A, Act::relu, RESIDUAL>;
+    case Act::relu6: return apply_to_columns<A, Act::relu6, RESIDUAL>;
+    case Act::leaky_relu: return apply_to_columns<A, Act::leaky_relu, RESIDUAL>;
+    case Act::silu: return apply_to_columns<A, Act::silu, RESIDUAL>;
+    case Act::hardswish: return apply_to_columns<A, Act::hardswish, RESIDUAL>;
+    default: return apply_to_columns<A, Act::identity, RESIDUAL>;
   }
 }
 
@@ -702,7 +740,7 @@ AddAndApplyFunction<A> select_add_and_apply(Act act) {
 template <typename T, bool SAME>
 struct ForwardTile {
   using A = Accumulator<T>;
-  using Function = std::conditional_t<SAME, ApplyFunction<A>, AddAndApplyFunction<A>>;
+  using Function = std::conditional_t<SAME, PlanesFunction<A>, ColumnsFunction<A>>;
   const Forward& f;
   Function function;
   alignas(64) A x_buffer[TILE_SIZE + APART];
@@ -714,24 +752,24 @@ struct ForwardTile {
 
   template <bool RESIDUAL>
   static Function select(Act act) {
-    if constexpr (SAME) return select_apply<A, RESIDUAL>(act);
-    if constexpr (!SAME) return select_add_and_apply<A, RESIDUAL>(act);
+    if constexpr (SAME) return select_apply_to_planes<A, RESIDUAL>(act);
+    if constexpr (!SAME) return select_apply_to_columns<A, RESIDUAL>(act);
   }
 
   Tile<const A> load_x(int64_t at, int64_t stride, Shape shape) {
     return load(static_cast<const T*>(f.x) + at, stride, shape, x_buffer);
   }
 
-  // y of the tile at element `at`, whose rows lie `stride` apart; x is what load_x gave for it. `moments` are the walk over
-  // columns' sums, to which x is added.
-  template <typename... Moments>
+  // y of the tile at element `at`, whose rows lie `stride` apart; x is what load_x gave for it, and is added to `sums`: those of
+  // the walk, as its function takes them.
+  template <typename... Sums>
   void operator()(Tile<const A> x, int64_t at, int64_t stride, Shape shape, Coefficients<A> coefficients, MaskTile mask,
-                  Moments&... moments) {
+                  Sums&... sums) {
     Tile<const A> residual{nullptr, 0};
     if (f.residual) residual = load(static_cast<const T*>(f.residual) + at, stride, shape, residual_buffer);
     T* out = static_cast<T*>(f.y) + at;
     const Tile<A> y = target(out, stride, shape, y_buffer);
-    function(x, residual, y, shape, coefficients, A(f.slope), flags, moments...);
+    function(x, residual, y, shape, coefficients, A(f.slope), flags, sums...);
     store(y, out, stride, shape);
     if (mask.bits) pack_tile(flags, shape, mask);
   }
@@ -831,33 +869,34 @@ BackwardFunction<A> select_backward_at_once(Act act) {
 template <typename A, bool SAME>
 void masked_backward_at_once(Tile<const A> dy, Tile<const A> x, Shape shape, const uint8_t* flags, Coefficients<A> coefficients,
                              A below, Tile<A> dz, Tile<A> dx) {
+  using Vector = typename VectorOf<A>::type;
   for (int64_t r = 0; r < shape.rows; ++r) {
     const A *x_row = x.data + r * x.stride, *dy_row = dy.data + r * dy.stride;
     const uint8_t* flags_row = flags + r * shape.width;
     A *dz_row = dz.data + r * dz.stride, *dx_row = dx.data + r * dx.stride;  // dx_row may be dy_row, as above
-    const A scale_r = coefficients.scale[SAME ? r : 0], mean_r = coefficients.mean[SAME ? r : 0];
-    const A a_r = coefficients.dmean[SAME ? r : 0], b_r = coefficients.dvar[SAME ? r : 0];
-    const auto element = [&](int64_t i, A dy_i) __attribute__((always_inline)) {
-      const A scale = SAME ? scale_r : coefficients.scale[i], mean = SAME ? mean_r : coefficients.mean[i];
-      const A a = SAME ? a_r : coefficients.dmean[i], b = SAME ? b_r : coefficients.dvar[i];
-      const A dz_i = (flags_row[i] ? A(1) : below) * dy_i;
+    const auto element = [&](int64_t i) __attribute__((always_inline)) {
+      const A dz_i = (flags_row[i] ? A(1) : below) * dy_row[i];
       dz_row[i] = dz_i;
-      dx_row[i] = scale * dz_i + (a + b * (x_row[i] - mean));
+      dx_row[i] = of<SAME>(coefficients.scale, r, i) * dz_i +
+                  (of<SAME>(coefficients.dmean, r, i) +
+                   of<SAME>(coefficients.dvar, r, i) * (x_row[i] - of<SAME>(coefficients.mean, r, i)));
     };
-    const auto vector = [&](int64_t begin, const A* dy) __attribute__((always_inline)) {
-#pragma GCC ivdep
-#pragma GCC unroll 1
-      for (int64_t i = 0; i < LANES<A>; ++i) element(begin + i, dy[i]);
+    const auto vector = [&](int64_t i, Vector dy_i) __attribute__((always_inline)) {
+      const Vector dz_i = load_flags<A>(flags_row + i) ? dy_i : below * dy_i;
+      store_vector<A>(dz_i, dz_row + i);
+      const Vector through_moments = vector_of<SAME>(coefficients.dmean, r, i) +
+                                     vector_of<SAME>(coefficients.dvar, r, i) *
+                                         (load_vector(x_row + i) - vector_of<SAME>(coefficients.mean, r, i));
+      store_vector<A>(vector_of<SAME>(coefficients.scale, r, i) * dz_i + through_moments, dx_row + i);
     };
     if (shape.width < LANES<A>) {
-      for (int64_t i = 0; i < shape.width; ++i) element(i, dy_row[i]);
+      for (int64_t i = 0; i < shape.width; ++i) element(i);
       continue;
     }
     // The last vector once more where the row ends amid it, from what dy was there before.
-    A last[LANES<A>];
-    store_vector<A>(load_vector(dy_row + shape.width - LANES<A>), last);
+    const Vector last = load_vector(dy_row + shape.width - LANES<A>);
     int64_t i = 0;
-    for (; i + LANES<A> <= shape.width; i += LANES<A>) vector(i, dy_row + i);
+    for (; i + LANES<A> <= shape.width; i += LANES<A>) vector(i, load_vector(dy_row + i));
     if (i < shape.width) vector(shape.width - LANES<A>, last);
   }
 }
@@ -980,8 +1019,9 @@ void forward_planes_of(const Forward& f, const PlaneWalk& walk, int64_t begin, i
   const int64_t width = f.plane_size < FORWARD_TILE ? f.plane_size : FORWARD_TILE;
   const int64_t most = FORWARD_TILE / width < LANES<A> ? FORWARD_TILE / width : LANES<A>;
   const Span<A> whole_tile(width), last_tile((f.plane_size - 1) % FORWARD_TILE + 1);
-  A scale[LANES<A>], shift[LANES<A>], pivots[LANES<A>];  // of each row of a tile
+  A scale[LANES<A>], shift[LANES<A>];  // of each row of a tile
   double mean[LANES<A>], m2[LANES<A>], piece_mean[LANES<A>], piece_m2[LANES<A>];
+  PlaneSums<A> sums;
   const Coefficients<A> coefficients{scale, shift, nullptr, nullptr, nullptr};
 
   for (int64_t number = begin; number < end; ++number) {
@@ -993,9 +1033,14 @@ void forward_planes_of(const Forward& f, const PlaneWalk& walk, int64_t begin, i
     const int64_t last_plane = (samples.end - 1) * f.channels + first + channels;
     for (int64_t plane = samples.begin * f.channels + first, rows; plane < last_plane; plane += rows) {
       rows = last_plane - plane < most ? last_plane - plane : most;
-      for (int64_t r = 0, c = moments.channel; f.y && r < rows; ++r, c = c + 1 < channels ? c + 1 : 0) {
-        scale[r] = static_cast<const A*>(f.scale)[first + c];
-        shift[r] = static_cast<const A*>(f.shift)[first + c];
+      if (f.y && rows == LANES<A> && moments.channel + rows <= channels) {  // of one sample, as it mostly is
+        memcpy(scale, static_cast<const A*>(f.scale) + first + moments.channel, sizeof(scale));
+        memcpy(shift, static_cast<const A*>(f.shift) + first + moments.channel, sizeof(shift));
+      } else if (f.y) {
+        for (int64_t r = 0, c = moments.channel; r < rows; ++r, c = c + 1 < channels ? c + 1 : 0) {
+          scale[r] = static_cast<const A*>(f.scale)[first + c];
+          shift[r] = static_cast<const A*>(f.shift)[first + c];
+        }
       }
       for (int64_t i = 0; i < f.plane_size; i += FORWARD_TILE) {
         const Shape shape{rows, f.plane_size - i < width ? f.plane_size - i : width};
@@ -1003,14 +1048,16 @@ void forward_planes_of(const Forward& f, const PlaneWalk& walk, int64_t begin, i
         const Tile<const A> x = forward_tile.load_x(at, f.plane_size, shape);
         const Span<A>& span = shape.width == whole_tile.n ? whole_tile : last_tile;
         const MaskTile mask{f.mask ? f.mask + plane * bytes + i / 8 : nullptr, shape.width, 0, bytes};
-        span.find_pivots(x.data, rows, pivots);
-        if (f.y) forward_tile(x, at, f.plane_size, shape, coefficients, mask);  // meanwhile the pivots' last additions end
-        span.moments(x.data, rows, pivots, piece_mean, piece_m2);
-        const MergeWeights weights = merge_weights(double(i), double(shape.width));
-        for (int64_t r = 0; r < rows; ++r) {
-          if (i == 0) mean[r] = m2[r] = 0;
-          merge_moments(mean[r], m2[r], piece_mean[r], piece_m2[r], weights);
+        span.find_pivots(x.data, rows, sums);
+        if (f.y) forward_tile(x, at, f.plane_size, shape, coefficients, mask, span, sums);
+        else for (int64_t r = 0; r < rows; ++r) span.add_row(x.data + r * shape.width, r, sums, [](int64_t, auto) {});
+        if (i == 0) {
+          span.finish(x.data, rows, sums, mean, m2);
+          continue;
         }
+        span.finish(x.data, rows, sums, piece_mean, piece_m2);
+        const MergeWeights weights = merge_weights(double(i), double(shape.width));
+        for (int64_t r = 0; r < rows; ++r) merge_moments(mean[r], m2[r], piece_mean[r], piece_m2[r], weights);
       }
       moments.add(mean, m2, rows);
     }
@@ -1094,14 +1141,37 @@ struct Item {
 
   MaskTile mask(const ColumnWalk& walk, uint8_t* bits, int64_t row) const {
     if (!bits) return {nullptr, 1, 0, 0};
-    if (walk.run > 1) {  // a row of memory is a sample, and each of its planes has its own bytes
+    if (walk.run > 1) {  // a row of memory is a sample, and each of its planes has its own bytes, which follow each other
       const int64_t bytes = mask_bytes(walk.run);
-      return {bits + (row * walk.channels + first_channel) * bytes, walk.run, bytes, walk.channels * bytes};
+      return {bits + (row * walk.channels + first_channel) * bytes, walk.run, bytes, walk.fold * walk.channels * bytes};
     }
     const int64_t bytes = mask_bytes(walk.channels);
     return {bits + row * bytes + first_channel / 8, columns.channels, bytes, walk.fold * bytes};
   }
 };
+
+// mean and m2 [channels] of an item once more in float64 where they are not to be trusted, about what is the mean but for its
+// last digits. Seldom called, and not inlined: its sums would take half of the caller's stack.
+template <typename T>
+__attribute__((noinline)) void take_doubtful_exactly(const ColumnWalk& walk, const Item& item, double count,
+                                                     const ColumnMoments<Accumulator<T>>& moments,
+                                                     ForwardTile<T, false>& forward_tile, double* mean, double* m2) {
+  ColumnMoments<double> exact;
+  exact.start(item.columns);
+  for (int64_t c = 0; c < item.columns.channels; ++c) exact.pivot[c] = is_finite(mean[c]) ? mean[c] : 0;
+  spread(exact.pivot, item.columns);
+  const auto add_exactly = [&](int64_t at, Shape shape, int64_t stride, int64_t) {
+    exact.add(forward_tile.load_x(at, stride, shape), shape);
+  };
+  item.for_each_tile(walk, add_exactly);
+  double exact_mean[COLUMN_TILE], exact_m2[COLUMN_TILE];
+  exact.finish(item.columns, count, exact_mean, exact_m2);
+  for (int64_t c = 0; c < item.columns.channels; ++c) {
+    if (moments.trusted[c]) continue;
+    mean[c] = exact_mean[c];
+    m2[c] = exact_m2[c];
+  }
+}
 
 template <typename T>
 void forward_columns_of(const Forward& f, const ColumnWalk& walk, int64_t begin, int64_t end) {
@@ -1133,22 +1203,7 @@ void forward_columns_of(const Forward& f, const ColumnWalk& walk, int64_t begin,
     const double count = double(rows * walk.run);
     double* mean = f.partial_mean + item.chunk * f.channels + first;
     double* m2 = f.partial_m2 + item.chunk * f.channels + first;
-    if (moments.finish(item.columns, count, mean, m2)) continue;
-    ColumnMoments<double> exact;  // once more in float64, about what is the mean but for its last digits
-    exact.start(item.columns);
-    for (int64_t c = 0; c < item.columns.channels; ++c) exact.pivot[c] = is_finite(mean[c]) ? mean[c] : 0;
-    spread(exact.pivot, item.columns);
-    const auto add_exactly = [&](int64_t at, Shape shape, int64_t stride, int64_t) {
-      exact.add(forward_tile.load_x(at, stride, shape), shape);
-    };
-    item.for_each_tile(walk, add_exactly);
-    double exact_mean[COLUMN_TILE], exact_m2[COLUMN_TILE];
-    exact.finish(item.columns, count, exact_mean, exact_m2);
-    for (int64_t c = 0; c < item.columns.channels; ++c) {
-      if (moments.trusted[c]) continue;
-      mean[c] = exact_mean[c];
-      m2[c] = exact_m2[c];
-    }
+    if (!moments.finish(item.columns, count, mean, m2)) take_doubtful_exactly(walk, item, count, moments, forward_tile, mean, m2);
   }
 }
 

@@ -101,7 +101,7 @@ struct CutColumns {
     walk.channels = input.channels;
     walk.run = input.planes ? input.plane_size : 1;
     walk.fold = 1;
-    while (walk.run == 1 && walk.fold * channels < FOLDED_WIDTH) walk.fold *= 2;
+    while (walk.fold * channels * walk.run < FOLDED_WIDTH) walk.fold *= 2;
 
     const int64_t rows = group_starts.back() * rows_a_sample, columns = walk.fold * channels * walk.run;
     const int64_t wanted = std::min(ITEMS, rows * channels * walk.run / ELEMENTS_PER_THREAD);

@@ -16,6 +16,7 @@
 #include <cstring>
 #include <deque>
 #include <mutex>
+#include <vector>
 
 namespace bnfuse {
 namespace {
@@ -61,17 +62,25 @@ class Pool {
   }
 
   void give(Block block) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    use_.in_use -= block.bytes;
-    use_.kept += block.bytes;
-    kept_.push_back(block);
-    shrink(most_in_use_);
+    std::vector<void*> unused;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      use_.in_use -= block.bytes;
+      use_.kept += block.bytes;
+      kept_.push_back(block);
+      unused = shrink(most_in_use_);
+    }
+    free_all(unused);
   }
 
   void empty() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    shrink(0);
-    most_in_use_ = use_.in_use;
+    std::vector<void*> unused;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      unused = shrink(0);
+      most_in_use_ = use_.in_use;
+    }
+    free_all(unused);
   }
 
   PoolUse use() {
@@ -87,12 +96,20 @@ class Pool {
     most_in_use_ = std::max(most_in_use_, use_.in_use);
   }
 
-  void shrink(int64_t limit) {  // longest unused first
+  // What is to be freed so that no more than this is kept, the longest unused first.
+  std::vector<void*> shrink(int64_t limit) {
+    std::vector<void*> unused;
     while (use_.kept > limit) {
-      std::free(kept_.front().data);
+      unused.push_back(kept_.front().data);
       use_.kept -= kept_.front().bytes;
       kept_.pop_front();
     }
+    return unused;
+  }
+
+  // Without the lock: giving pages back takes the system a while.
+  static void free_all(const std::vector<void*>& unused) {
+    for (void* const data : unused) std::free(data);
   }
 
   std::mutex mutex_;

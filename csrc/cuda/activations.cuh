@@ -34,12 +34,12 @@ BNFUSE_DEVICE void differentiate_as(A (&z)[VECTOR], A slope) {
   for (int i = 0; i < VECTOR; ++i) z[i] = derivative<ACT>(z[i], slope);
 }
 
-// z ← act'(z)
+// z ← act'(z), of an activation whose derivative depends on z: identity's does not, and no kernel asks (Derivative::one).
 template <ActKind KIND, typename A>
 BNFUSE_DEVICE void differentiate(A (&z)[VECTOR], Act act, A slope) {
   if (KIND == ActKind::relu) return differentiate_as<Act::relu>(z, slope);
   switch (act) {
-    case Act::identity: differentiate_as<Act::identity>(z, slope); break;
+    case Act::identity: break;
     case Act::relu: differentiate_as<Act::relu>(z, slope); break;
     case Act::relu6: differentiate_as<Act::relu6>(z, slope); break;
     case Act::leaky_relu: differentiate_as<Act::leaky_relu>(z, slope); break;

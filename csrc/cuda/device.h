@@ -26,6 +26,7 @@ struct Device {
     stream = static_cast<Stream>(current);
     int count = 0;
     const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index);
+    if (error != cudaSuccess) (void)cudaGetLastError();  // it is told here, and not left for whoever asks next
     STD_TORCH_CHECK(error == cudaSuccess, "cannot ask cuda:", index, " for its size: ", cudaGetErrorString(error));
     multiprocessors = count;
   }

@@ -22,7 +22,7 @@ struct ForwardPass {
   void* y;                      // like x, or null: only the moments are wanted
   uint8_t* mask;                // reference.pack_mask's layout, or null: none is needed
   void* partials;               // (mean, Σ(x − mean)²) A [chunks, C, parts, 2]
-  int32_t* counters;            // [G + 1], or null: no targets are given
+  int32_t* counters;            // [1 + G], or null: no targets are given
 };
 
 // The second launch: partial moments into moments and, with targets, those into the loss of this site.
@@ -35,7 +35,7 @@ struct Finish {
   int32_t team;                 // threads that merge a channel's partial moments, a power of two
 
   // What follows is for targets alone.
-  int32_t* counters;            // [G + 1], zero: blocks that are done with each group, and groups that are done
+  int32_t* counters;            // [1 + G], zero: groups that are done, and blocks that are done with each group
   const void* target_mean;      // A [K, C]
   const void* target_var;       // A [K, C]
   const int64_t* classes;       // [G], or null: K = 1

@@ -27,7 +27,10 @@ __global__ void __launch_bounds__(SMALL_THREADS, 1) distances_kernel(const __gri
                                    static_cast<A*>(f.dmean) + out,
                                    static_cast<A*>(f.dvar) + out};
   const double distance = distance_and_gradient(arguments, f.options, reinterpret_cast<double*>(shared_memory()));
-  if (threadIdx.x == 0) static_cast<A*>(f.distances)[group * f.sites + s] = A(distance);
+  if (threadIdx.x == 0) {
+    f.exact_distances[group * f.sites + s] = distance;
+    static_cast<A*>(f.distances)[group * f.sites + s] = A(distance);
+  }
 }
 
 // One block.
@@ -35,7 +38,7 @@ template <typename A>
 __global__ void __launch_bounds__(SMALL_THREADS) loss_kernel(const __grid_constant__ Loss f) {
   double sum = 0, unused = 0;
   for (int64_t i = threadIdx.x; i < f.groups * f.sites; i += blockDim.x)
-    sum += weight_of<A>(f, i % f.sites) * double(static_cast<const A*>(f.distances)[i]);
+    sum += weight_of<A>(f, i % f.sites) * f.exact_distances[i];
   add_up_block(sum, unused, reinterpret_cast<double*>(shared_memory()));
   if (threadIdx.x == 0) *static_cast<A*>(f.loss) = A(sum / f.groups);
 }

@@ -28,6 +28,7 @@ struct Loss {
   double weight;                 // of the one site
   void* loss;                    // A []
   void* distances;               // A [G, S]
+  double* exact_distances;       // [G, S], workspace: what the loss is the sum of
   void* dmean;                   // A [G·T], every site's [G, C] one after the other
   void* dvar;                    // the same
   int64_t first_site;            // of this launch

@@ -20,19 +20,28 @@
 namespace bnfuse {
 namespace {
 
+constexpr uintptr_t ALIGNMENT = 16;  // bytes, of the widest access
 constexpr int64_t MOST_PLANE = int64_t(1) << 30;  // elements: a thread counts what is left of its plane in 32 bits
 
 const void* read(const OptionalTensor& tensor) { return tensor ? bnfuse::read(*tensor) : nullptr; }
 
 const int64_t* read_integers(const Tensor& tensor) { return static_cast<const int64_t*>(bnfuse::read(tensor)); }
 
+double* doubles(const Tensor& tensor) { return static_cast<double*>(written(tensor)); }
+
+bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % ALIGNMENT == 0; }
+
+// `tensor`, copied if it starts within a vector. How wide accesses are decides which thread holds which element, and with it in
+// which order they are added up: the same values must give the same moments wherever they lie.
+Tensor aligned(const Tensor& tensor) {
+  return is_aligned(tensor.const_data_ptr()) ? tensor : torch::stable::clone(tensor);
+}
+
 // How x is walked by a kernel that reads and writes these tensors, all like x; null ones are none. `lean`: see places_of.
 Walk walk_over(const Input& input, const Device& device, const Tensor& group_starts, bool lean,
                std::initializer_list<const void*> tensors) {
   STD_TORCH_CHECK(input.plane_size <= MOST_PLANE, "x has planes of ", input.plane_size, " elements, more than ", MOST_PLANE);
-  const bool aligned = input.dtype != DType::float64 && std::all_of(tensors.begin(), tensors.end(), [](const void* data) {
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  });
+  const bool aligned = input.dtype != DType::float64 && std::all_of(tensors.begin(), tensors.end(), is_aligned);
   const Walk walk = make_walk(input.samples, input.channels, input.plane_size, input.planes, group_starts.numel() - 1, aligned,
                               input.dtype == DType::float64, lean, device.multiprocessors);
   STD_TORCH_CHECK(walk.blocks() <= std::numeric_limits<int32_t>::max(), "x is cut into ", walk.blocks(),
@@ -76,9 +85,11 @@ std::tuple<Tensor, Tensor> no_moments(const Input& input, const Tensor& x, const
           torch::stable::new_zeros(x, {groups, input.channels}, moment_dtype(x))};
 }
 
-// Checked arguments of bn_forward, and its outputs y and mask.
+// Checked arguments of bn_forward, x and residual aligned, and its outputs y and mask.
 struct Site {
   Input input;
+  Tensor x;
+  OptionalTensor residual;
   Tensor starts, scale, shift, y, mask;
   ForwardPass forward;
 };
@@ -93,7 +104,8 @@ Site prepare_forward(const Tensor& x, const OptionalTensor& residual, const Tens
   f.act = parse_act(act);
   f.slope = slope;
   check_like_x("residual", residual, x);
-  f.residual = read(residual);
+  const OptionalTensor residual_c = residual ? OptionalTensor(aligned(*residual)) : std::nullopt;
+  f.residual = read(residual_c);
   f.scale = read(scale_c);
   f.shift = read(shift_c);
   const Tensor y = torch::stable::empty_like(x);
@@ -101,7 +113,7 @@ Site prepare_forward(const Tensor& x, const OptionalTensor& residual, const Tens
   const bool needs_mask = residual && is_two_slope(f.act);
   const Tensor mask = empty_mask(x, input, needs_mask);
   f.mask = needs_mask ? static_cast<uint8_t*>(written(mask)) : nullptr;
-  return {input, starts, scale_c, shift_c, y, mask, f};
+  return {input, aligned(x), residual_c, starts, scale_c, shift_c, y, mask, f};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_forward(const Tensor& x, const OptionalTensor& residual, const Tensor& scale,
@@ -109,16 +121,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_forward(const Tensor& x, const Opt
                                                       const std::string& act, double slope) {
   const Device device(x);
   const Site site = prepare_forward(x, residual, scale, shift, group_starts, act, slope);
-  const auto [mean, var] = x.numel() ? run_forward(site.forward, Finish{}, site.input, device, x, site.starts)
+  const auto [mean, var] = x.numel() ? run_forward(site.forward, Finish{}, site.input, device, site.x, site.starts)
                                      : no_moments(site.input, x, site.starts);
   return {site.y, mean, var, site.mask};
 }
 
+// x is cut for this kernel's registers, as for those of bn_forward with each activation and residual (`lean`): the moments of
+// group_moments and bn_forward, and of bn_forward with another activation, may differ in their last bits. Each call by itself
+// gives the same bits every time.
 std::tuple<Tensor, Tensor> group_moments(const Tensor& x, const Tensor& group_starts) {
   const Device device(x);
   const Input input = check_x(x);
   const Tensor starts = check_group_starts_shape(group_starts, x);
-  return x.numel() ? run_forward(ForwardPass{}, Finish{}, input, device, x, starts) : no_moments(input, x, starts);
+  return x.numel() ? run_forward(ForwardPass{}, Finish{}, input, device, aligned(x), starts) : no_moments(input, x, starts);
 }
 
 // bn_forward, and the loss of this one site: weight · the mean over groups of the distance, with its gradients by mean and
@@ -141,8 +156,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_forward_wi
   if (!x.numel()) {
     const auto [mean, var] = no_moments(site.input, x, site.starts);
     const Tensor distances = torch::stable::new_empty(x, {groups, 1}, dtype);
+    const Tensor exact_distances = torch::stable::new_empty(x, {groups, 1}, ScalarType::Double);
     const Loss site_loss{options, groups, 1, channels, read(targets.mean), read(targets.var), classes_read, targets.rows,
-                         nullptr, weight, written(loss), written(distances), written(dmean), written(dvar), 0, {}};
+                         nullptr, weight, written(loss), written(distances), doubles(exact_distances), written(dmean),
+                         written(dvar), 0, {}};
     loss_on_cuda(dtype == ScalarType::Double, site_loss, {{read(mean), read(var), channels, 0}}, device.stream);
     return {site.y, mean, var, site.mask, loss, dmean, dvar};
   }
@@ -156,11 +173,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_forward_wi
   finish.table_rows = targets.rows;
   finish.weight = weight;
   finish.options = options;
-  finish.distances = static_cast<double*>(written(distances));
+  finish.distances = doubles(distances);
   finish.loss = written(loss);
   finish.dmean = written(dmean);
   finish.dvar = written(dvar);
-  const auto [mean, var] = run_forward(site.forward, finish, site.input, device, x, site.starts);
+  const auto [mean, var] = run_forward(site.forward, finish, site.input, device, site.x, site.starts);
   return {site.y, mean, var, site.mask, loss, dmean, dvar};
 }
 
@@ -257,6 +274,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_loss(const std::vector<Tensor>& me
   const Device device(mean[0]);
   const Tensor loss = torch::stable::new_empty(mean[0], {});
   const Tensor distances = torch::stable::new_empty(mean[0], {input.groups, input.sites});
+  const Tensor exact_distances = torch::stable::new_empty(mean[0], {input.groups, input.sites}, ScalarType::Double);
   const Tensor dmean = torch::stable::new_empty(mean[0], {input.groups * input.width});
   const Tensor dvar = torch::stable::new_empty(mean[0], {input.groups * input.width});
   std::vector<LossSite> sites;
@@ -268,7 +286,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_loss(const std::vector<Tensor>& me
   }
   const Loss f{options, input.groups, input.sites, input.width, bnfuse::read(input.targets.mean),
                bnfuse::read(input.targets.var), static_cast<const int64_t*>(read(input.targets.classes)), input.targets.rows,
-               bnfuse::read(input.site_weights), 0, written(loss), written(distances), written(dmean), written(dvar), 0, {}};
+               bnfuse::read(input.site_weights), 0, written(loss), written(distances), doubles(exact_distances),
+               written(dmean), written(dvar), 0, {}};
   loss_on_cuda(input.dtype == ScalarType::Double, f, sites, device.stream);
   return {loss, distances, dmean, dvar};
 }

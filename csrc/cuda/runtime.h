@@ -36,9 +36,10 @@ void launch(const char* name, void (*kernel)(Arguments), int64_t blocks, int thr
   config.attrs = &overlaps;
   config.numAttrs = OVERLAPS;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments);
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("bnfuse: launching ") + name + " with " + std::to_string(blocks) +
-                             " blocks of " + std::to_string(threads) + " threads failed: " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // it is told here: left set, whoever asks next would take it for his own
+  throw std::runtime_error(std::string("bnfuse: launching ") + name + " with " + std::to_string(blocks) + " blocks of " +
+                           std::to_string(threads) + " threads failed: " + cudaGetErrorString(error));
 }
 
 namespace {
