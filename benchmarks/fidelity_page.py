@@ -153,11 +153,9 @@ def ablations_block(problem: Problem) -> str:
             costs = [f"{first.mean('diversity'):.2f}", f"{first.mean('synthesis_seconds'):.0f}"]
             rows.append([variant.name, variant.part, _changes(variant, problem), *accuracies, *costs])
     tested, seeds = first_result(rungs)["tested"], max(len(found.results) for found in rungs.values())
-    drawn = (
-        "one seed of images and student"
-        if seeds == 1
-        else (f"mean over as many as {seeds} seeds of images and student, ± their standard deviation where there are several")
-    )
+    drawn = "one seed of images and student"
+    if seeds > 1:
+        drawn = f"mean over as many as {seeds} seeds of images and student, ± their standard deviation where there are several"
     about = f"On {tested:,} {SPLITS['heldout']}, {drawn}. {_where(rungs)}"
     return f"{about}\n\n{markdown(rows)}"
 
@@ -171,9 +169,8 @@ def _against(found: Seeds | None, base: Seeds | None) -> str:
 
 def _changes(variant: Variant, problem: Problem) -> str:
     """As flags, as far as they are some of `bnfuse synthesize`."""
-    parts = [
-        flags(fidelity_cases.changed(variant, problem) | ({"micro_batch": variant.micro_batch} if variant.micro_batch else {}))
-    ]
+    cut = {"micro_batch": variant.micro_batch} if variant.micro_batch else {}
+    parts = [flags(fidelity_cases.changed(variant, problem) | cut)]
     if variant.teachers:
         parts.append(f"--more-teachers {' '.join(variant.teachers)}")
     if variant.record:

@@ -176,16 +176,15 @@ def verify(model: nn.Module, losses: dict, images: Tensor, labels: Tensor, autoc
     dtype = autocast or images.dtype
     given = tolerances(dtype, images.device)
     own = [AS_EXACT * relative_error(found, wanted) for found, wanted in zip(eager, expected)]
-    limits = [min(max(limit, error), MOST) for limit, error in zip(given, own)]
+    tolerated = lambda times: [min(max(limit, times * error), MOST) for limit, error in zip(given, own)]
     for computed_in, (loss_limit, gradient_limit), (value, gradient) in (
         (torch.float64, (WIDE_TOLERANCE, WIDE_TOLERANCE), exact),
-        (dtype, limits, timed),
+        (dtype, tolerated(1), timed),
     ):
         assert_near(value, expected[0], loss_limit, f"loss in {computed_in}")
         assert_near(gradient, expected[1], gradient_limit, f"image gradient in {computed_in}")
     ours = value_and_gradient(*losses[OURS, ""])
-    # What two of them round differs.
-    between = [min(max(limit, math.sqrt(2) * error), MOST) for limit, error in zip(given, own)]
+    between = tolerated(math.sqrt(2))  # what two of them round differs
     for name, layout in losses:
         if name in (OURS, "plain", "conv_only"):
             continue

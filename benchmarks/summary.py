@@ -27,13 +27,12 @@ def with_sums(cases: list[dict]) -> list[dict]:
 
     What was timed of both at once is left out: where backward takes long to queue, that contains waiting for the host.
     """
-    alone = {direction: {} for direction in ("forward", "backward")}
-    for case in cases:
-        if case["direction"] in alone:
-            alone[case["direction"]][case["site"]] = case
+    alone = [case for case in cases if case["direction"] != "both"]
+    backward_of = {case["site"]: case for case in alone if case["direction"] == "backward"}
     sums = []
-    for site, forward in alone["forward"].items():
-        if not (backward := alone["backward"].get(site)):
+    for forward in alone:
+        site = forward["site"]
+        if forward["direction"] != "forward" or not (backward := backward_of.get(site)):
             continue
         seconds = {name: time + backward["seconds"][name] for name, time in forward["seconds"].items()}
         sums.append(
@@ -46,7 +45,7 @@ def with_sums(cases: list[dict]) -> list[dict]:
                 "ratios": {name: time / seconds["bnfuse"] for name, time in seconds.items() if name != "bnfuse"},
             }
         )
-    return [*(case for of_direction in alone.values() for case in of_direction.values()), *sums]
+    return alone + sums
 
 
 def summarize_operators(cases: list[dict]) -> dict:

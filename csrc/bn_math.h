@@ -103,9 +103,12 @@ BNFUSE_INLINE A activation(A z, A slope) {
   return z;
 }
 
-// Whether z stands where a two-slope activation's derivative is 1.
+// Whether the derivative has two values, of which one bit an element tells.
+BNFUSE_INLINE constexpr bool is_two_slope(Act act) { return act == Act::relu || act == Act::relu6 || act == Act::leaky_relu; }
+
+// Whether z stands where a two-slope activation's derivative is 1; of a vector, for each lane.
 template <Act ACT, typename A>
-BNFUSE_INLINE bool on_upper_slope(A z) {
+BNFUSE_INLINE auto on_upper_slope(A z) {
   return ACT == Act::relu6 ? (z > 0) & (z < 6) : z > 0;
 }
 

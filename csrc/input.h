@@ -137,8 +137,6 @@ inline Act parse_act(const std::string& act) {
   STD_TORCH_CHECK(false, "act must be one of identity, relu, relu6, leaky_relu, silu, hardswish, got '", act, "'");
 }
 
-inline bool is_two_slope(Act act) { return act == Act::relu || act == Act::relu6 || act == Act::leaky_relu; }
-
 // As reference.mask_shape.
 inline std::array<int64_t, 2> mask_shape(const Input& input) {
   const int64_t positions = input.samples * input.plane_size;

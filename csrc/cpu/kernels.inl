@@ -643,7 +643,7 @@ using PlanesFunction = void (*)(Tile<const A> x, Tile<const A> residual, Tile<A>
 template <typename A, Act ACT, bool RESIDUAL>
 void apply_to_planes(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape shape, Coefficients<A> coefficients, A slope,
                      uint8_t* flags, const Span<A>& span, PlaneSums<A>& sums) {
-  constexpr bool MASK = RESIDUAL && (ACT == Act::relu || ACT == Act::relu6 || ACT == Act::leaky_relu);
+  constexpr bool MASK = RESIDUAL && is_two_slope(ACT);
   for (int64_t r = 0; r < shape.rows; ++r) {
     const A* x_row = x.data + r * x.stride;
     const A* residual_row = RESIDUAL ? residual.data + r * residual.stride : nullptr;
@@ -654,7 +654,7 @@ void apply_to_planes(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape s
     span.add_row(x_row, r, sums, [&](int64_t begin, typename VectorOf<A>::type v) __attribute__((always_inline)) {
       typename VectorOf<A>::type z = scale * v + shift;
       if (RESIDUAL) z += load_vector(residual_row + begin);
-      if (MASK) store_flags<A>(ACT == Act::relu6 ? (z > A(0)) & (z < A(6)) : z > A(0), flags_row + begin);
+      if (MASK) store_flags<A>(on_upper_slope<ACT>(z), flags_row + begin);
 #pragma GCC ivdep
 #pragma GCC unroll 1
       for (int64_t i = 0; i < LANES<A>; ++i) y_row[begin + i] = activation<ACT>(z[i], slope);
@@ -691,7 +691,7 @@ using ColumnsFunction = void (*)(Tile<const A> x, Tile<const A> residual, Tile<A
 template <typename A, Act ACT, bool RESIDUAL>
 void apply_to_columns(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape shape, Coefficients<A> coefficients, A slope,
                       uint8_t* flags, ColumnMoments<A>& moments) {
-  constexpr bool MASK = RESIDUAL && (ACT == Act::relu || ACT == Act::relu6 || ACT == Act::leaky_relu);
+  constexpr bool MASK = RESIDUAL && is_two_slope(ACT);
   const A *scale = coefficients.scale, *shift = coefficients.shift, *pivot = moments.pivot;
   A *s = moments.s, *q = moments.q;
   for_rows(shape.rows, far_apart<A>(x.stride, shape), [&](int64_t first, auto rows_at_once) __attribute__((always_inline)) {
