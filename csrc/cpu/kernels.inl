@@ -35,13 +35,12 @@ constexpr int64_t VECTOR_BYTES = 32;
 constexpr int64_t VECTOR_BYTES = 16;
 #endif
 
-constexpr int64_t TILE_SIZE = 4096;      // elements of a tile at most
+constexpr int64_t TILE_SIZE = 8192;      // elements of a tile at most
 constexpr int64_t APART = 96;            // elements between buffers, which would share lines of the first-level cache if they lay
                                          // a power of two apart: half the speed, wherever the stack happens to be so
 constexpr int64_t BACKWARD_TILE = 4096;  // of a tile in the walk over planes; a multiple of 8: tiles share no mask byte
 constexpr int64_t FORWARD_TILE = 1024;   // the same, where reading and writing take turns: so often that neither has to wait
-constexpr int64_t PIVOT_ROWS = 8;        // of an item, whose mean its moments are taken about
-constexpr int64_t PIVOT_PLANES = 4;      // the same, where a row of the item holds whole planes
+constexpr int64_t PIVOT_ROWS = 4;        // of an item, whose mean its moments are taken about
 constexpr int64_t SETTLED_ROWS = 64;     // are summed one after the other, before their sum joins others: squares of few kinds,
                                          // as pixels have, may lean when they are added to a sum hundreds of times their size
 
@@ -100,13 +99,20 @@ struct Tile {
 
 // Rows that lie far apart are each in a page of their own. At its start the processor waits for memory, since its prefetching
 // ended with the page before: so all rows of a tile are asked for before the first is used, and several are taken at a time.
+// So are wide rows, whose coefficients and sums leave no room in the first-level cache: rows taken together share them.
 constexpr int64_t FAR_APART = 4096;  // bytes
-constexpr int ROWS_AT_ONCE = 8;
-constexpr int64_t ASKED_FOR = 256;  // bytes of each row; the processor's own prefetching goes on from there
+constexpr int64_t ASKED_FOR = 256;   // bytes of each row; the processor's own prefetching goes on from there
+constexpr int64_t WIDE = 1024;       // columns
+constexpr int ROWS_AT_ONCE = 4;
 
 template <typename T>
 BNFUSE_INLINE bool far_apart(int64_t stride, Shape shape) {
   return stride > shape.width && stride * int64_t(sizeof(T)) >= FAR_APART;
+}
+
+template <typename T>
+BNFUSE_INLINE bool several_at_once(int64_t stride, Shape shape) {
+  return shape.width >= WIDE || far_apart<T>(stride, shape);
 }
 
 template <typename T>
@@ -618,19 +624,41 @@ BNFUSE_INLINE MaskTile without_gaps(MaskTile mask, Shape shape) {
   return mask;
 }
 
+// How many of a row's runs of four are taken two at a time, eight flags: a byte has four of them.
+int64_t runs_in_pairs(MaskTile mask, Shape shape) {
+  return mask.length == 4 && mask.segment_stride == 1 ? shape.width / 8 * 2 : 0;
+}
+
 void pack_tile(const uint8_t* flags, Shape shape, MaskTile mask) {
   mask = without_gaps(mask, shape);
-  for (int64_t r = 0; r < shape.rows; ++r)
-    for (int64_t i = 0, k = 0; i < shape.width; i += mask.length, ++k)
+  const int64_t paired = runs_in_pairs(mask, shape);
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    for (int64_t k = 0; k < paired; k += 2) {
+      uint64_t eight;
+      memcpy(&eight, flags + r * shape.width + 4 * k, 8);
+      const unsigned bits = pack_eight(eight);
+      const uint16_t pair = uint16_t((bits & 0x0f) | (bits & 0xf0) << 4);
+      memcpy(mask.bits + r * mask.row_stride + k, &pair, 2);
+    }
+    for (int64_t i = paired * mask.length, k = paired; i < shape.width; i += mask.length, ++k)
       pack(flags + r * shape.width + i, mask.length, mask.bits + r * mask.row_stride + k * mask.segment_stride);
+  }
 }
 
 // In memory's order: what is written beyond a run is written over by the next.
 void unpack_tile(MaskTile mask, Shape shape, uint8_t* flags) {
   mask = without_gaps(mask, shape);
-  for (int64_t r = 0; r < shape.rows; ++r)
-    for (int64_t i = 0, k = 0; i < shape.width; i += mask.length, ++k)
+  const int64_t paired = runs_in_pairs(mask, shape);
+  for (int64_t r = 0; r < shape.rows; ++r) {
+    for (int64_t k = 0; k < paired; k += 2) {
+      uint16_t pair;
+      memcpy(&pair, mask.bits + r * mask.row_stride + k, 2);
+      const uint64_t eight = unpack_eight(uint8_t((pair & 0x0f) | (pair >> 4 & 0xf0)));
+      memcpy(flags + r * shape.width + 4 * k, &eight, 8);
+    }
+    for (int64_t i = paired * mask.length, k = paired; i < shape.width; i += mask.length, ++k)
       unpack(mask.bits + r * mask.row_stride + k * mask.segment_stride, mask.length, flags + r * shape.width + i);
+  }
 }
 
 // ---- forward, a tile of planes: y = act(scale·x + shift (+ residual)), the flags of the mask, and its sums ----
@@ -694,7 +722,8 @@ void apply_to_columns(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape 
   constexpr bool MASK = RESIDUAL && is_two_slope(ACT);
   const A *scale = coefficients.scale, *shift = coefficients.shift, *pivot = moments.pivot;
   A *s = moments.s, *q = moments.q;
-  for_rows(shape.rows, far_apart<A>(x.stride, shape), [&](int64_t first, auto rows_at_once) __attribute__((always_inline)) {
+  const bool several = several_at_once<A>(x.stride, shape);
+  for_rows(shape.rows, several, [&](int64_t first, auto rows_at_once) __attribute__((always_inline)) {
     constexpr int ROWS = decltype(rows_at_once)::value;
     const A *x_rows[ROWS], *residual_rows[ROWS];
     A* y_rows[ROWS];
@@ -826,8 +855,8 @@ using BackwardFunction = void (*)(Tile<const A> dy, Tile<const A> x, Shape, Coef
 
 template <typename A, Act ACT, bool SAME>
 void backward_at_once(Tile<const A> dy, Tile<const A> x, Shape shape, Coefficients<A> coefficients, A slope, Tile<A> dx) {
-  const bool far = !SAME && far_apart<A>(x.stride, shape);
-  for_rows(shape.rows, far, [&](int64_t first, auto rows_at_once) __attribute__((always_inline)) {
+  const bool several = !SAME && several_at_once<A>(x.stride, shape);
+  for_rows(shape.rows, several, [&](int64_t first, auto rows_at_once) __attribute__((always_inline)) {
     constexpr int ROWS = decltype(rows_at_once)::value;
     const A *x_rows[ROWS], *dy_rows[ROWS];
     A* dx_rows[ROWS];  // may be dy_rows: an element is read before it is written, and never again
@@ -995,6 +1024,14 @@ struct ItemMoments {
     for (int64_t c = 0; c < channels; ++c) mean[c] = m2[c] = 0;
   }
 
+  // The means of the next planes' channels in the samples before, which are there before the planes have been read. Where they lie
+  // far from the planes' own, the channel's moments do not suffer: the square of the distance, which rounding is a part of, is in
+  // its Σ(x − mean)² by half at least (Welford's update).
+  template <typename A>
+  BNFUSE_INLINE void copy_means(int64_t planes, A* means) const {
+    for (int64_t k = 0; k < planes; ++k) means[k] = A(mean[channel + k]);
+  }
+
   // The moments of the next planes, mean_b and m2_b [planes].
   void add(const double* mean_b, const double* m2_b, int64_t planes) {
     for (int64_t i = 0; i < planes;) {
@@ -1048,7 +1085,8 @@ void forward_planes_of(const Forward& f, const PlaneWalk& walk, int64_t begin, i
         const Tile<const A> x = forward_tile.load_x(at, f.plane_size, shape);
         const Span<A>& span = shape.width == whole_tile.n ? whole_tile : last_tile;
         const MaskTile mask{f.mask ? f.mask + plane * bytes + i / 8 : nullptr, shape.width, 0, bytes};
-        span.find_pivots(x.data, rows, sums);
+        if (moments.before && moments.channel + rows <= channels) moments.copy_means(rows, sums.pivots);
+        else span.find_pivots(x.data, rows, sums);
         if (f.y) forward_tile(x, at, f.plane_size, shape, coefficients, mask, span, sums);
         else for (int64_t r = 0; r < rows; ++r) span.add_row(x.data + r * shape.width, r, sums, [](int64_t, auto) {});
         if (i == 0) {
@@ -1114,7 +1152,8 @@ struct Item {
   BNFUSE_INLINE void for_each_tile(const ColumnWalk& walk, const Function& tile) const {
     const int64_t row_elements = walk.channels * walk.run;  // of a row of memory
     const int64_t width = columns.width(), stride = walk.fold * row_elements;
-    const int64_t most = (stride > width ? TILE_SIZE : COLUMN_TILE) / width, step = most < SETTLED_ROWS ? most : SETTLED_ROWS;
+    const int64_t most = (stride > width || width >= WIDE ? TILE_SIZE : COLUMN_TILE) / width;
+    const int64_t step = most < SETTLED_ROWS ? most : SETTLED_ROWS;
     const int64_t whole = (rows.end - rows.begin) / walk.fold, rest = (rows.end - rows.begin) % walk.fold;
     const int64_t start = rows.begin * row_elements + first_channel * walk.run;
     for (int64_t r = 0; r < whole; r += step) {
@@ -1189,7 +1228,7 @@ void forward_columns_of(const Forward& f, const ColumnWalk& walk, int64_t begin,
       shift.fill(item.columns, [&](int64_t c) { return static_cast<const A*>(f.shift)[first + c]; });
     }
     moments.start(item.columns);
-    const int64_t pivot_rows = item.for_some_rows(walk, walk.run > 1 ? PIVOT_PLANES : PIVOT_ROWS, [&](int64_t at, Shape shape) {
+    const int64_t pivot_rows = item.for_some_rows(walk, PIVOT_ROWS, [&](int64_t at, Shape shape) {
       moments.add_to_pivot(forward_tile.load_x(at, shape.width, shape), shape);
     });
     moments.finish_pivot(item.columns, double(pivot_rows * walk.run));

@@ -27,11 +27,11 @@ namespace {
 constexpr int64_t ELEMENTS_PER_THREAD = 32768;  // fewer do not pay for waking a thread
 constexpr int64_t TINY_PLANE = 16;              // planes of up to as many elements are walked as columns
 constexpr int64_t FOLDED_WIDTH = 256;           // narrower rows are folded until a long row has as many columns
-constexpr int64_t ITEM_WIDTH = 1024;            // columns of an item at most: their sums and coefficients stay in cache
-constexpr int64_t PIECE_WIDTH = 512;            // where that is not the whole row, and its rows are taken several at a time
 constexpr int64_t ITEM_ELEMENTS = 65536;        // of the walk over columns, about
-constexpr int64_t PLANE_ITEM_ELEMENTS = 131072; // of the walk over planes, at most
-constexpr int64_t ITEMS = 32;                   // are enough to keep threads equally busy
+constexpr int64_t PLANE_ITEM_ELEMENTS = 262144; // of the walk over planes, at most
+constexpr int64_t ITEMS = 16;                   // of columns, and
+constexpr int64_t PLANE_ITEMS = 32;             // of planes, are enough to keep threads equally busy
+constexpr int64_t FEW_ITEMS = 8;                // are too few to be worth whole rows, in memory's order
 
 // ---- the groups, checked ----
 
@@ -79,7 +79,7 @@ struct CutPlanes {
   CutPlanes(const Input& input, const std::vector<int64_t>& group_starts) {
     const int64_t channels = std::max<int64_t>(1, input.channels);
     const int64_t sample = std::max<int64_t>(1, channels * input.plane_size);  // elements
-    const int64_t item = std::clamp(group_starts.back() * sample / ITEMS, ELEMENTS_PER_THREAD, PLANE_ITEM_ELEMENTS);
+    const int64_t item = std::clamp(group_starts.back() * sample / PLANE_ITEMS, ELEMENTS_PER_THREAD, PLANE_ITEM_ELEMENTS);
     walk.channel_tiles = std::min((sample + item - 1) / item, channels);
     walk.tile_channels = (channels + walk.channel_tiles - 1) / walk.channel_tiles;
     walk.channel_tiles = (channels + walk.tile_channels - 1) / walk.tile_channels;
@@ -104,14 +104,16 @@ struct CutColumns {
     while (walk.fold * channels * walk.run < FOLDED_WIDTH) walk.fold *= 2;
 
     const int64_t rows = group_starts.back() * rows_a_sample, columns = walk.fold * channels * walk.run;
-    const int64_t wanted = std::min(ITEMS, rows * channels * walk.run / ELEMENTS_PER_THREAD);
-    int64_t width = columns > ITEM_WIDTH ? PIECE_WIDTH : columns;
-    int64_t long_rows = std::clamp<int64_t>(ITEM_ELEMENTS / width, 16, 256);
+    const int64_t affordable = rows * channels * walk.run / ELEMENTS_PER_THREAD;
+    int64_t width = std::min(columns, COLUMN_TILE);
+    int64_t long_rows = std::clamp<int64_t>(ITEM_ELEMENTS / width, 128, 256);
     cut_channels(channels, (columns + width - 1) / width);
     // Short items rather than narrow ones, whose pieces of rows lie apart; but their coefficients must be worth their making.
-    const auto too_few = [&] { return rows / (long_rows * walk.fold) * walk.channel_tiles < wanted; };
-    while (too_few() && long_rows > 64) long_rows /= 2;
-    for (; too_few() && width >= 512; width /= 2) cut_channels(channels, 2 * ((columns + width - 1) / width));
+    const auto fewer_than = [&](int64_t items) {
+      return rows / (long_rows * walk.fold) * walk.channel_tiles < std::min(items, affordable);
+    };
+    while (fewer_than(ITEMS) && long_rows > 64) long_rows /= 2;
+    for (; fewer_than(FEW_ITEMS) && width >= 512; width /= 2) cut_channels(channels, 2 * ((columns + width - 1) / width));
     chunks = chunks_of(group_starts, rows_a_sample, walk.fold * long_rows);
     walk.chunks = chunks.data();
   }
