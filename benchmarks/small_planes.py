@@ -32,21 +32,22 @@ class Extent(NamedTuple):
     planes: tuple[int, ...]  # side by side
     channels: tuple[int, ...]
     elements: int  # of every site, about
-    rounds: int
+    passes: int  # over all sites, so that a bad spell of the machine is not one site's
+    rounds: int  # of a pass, at each site
 
 
-FULL = Extent((1, 2, 4, 7, 8, 14, 28, 56), (3, 8, 16, 512), 2**23, 21)
-QUICK = Extent((1, 7, 56), (3, 64), 2**18, 3)
+FULL = Extent((1, 2, 4, 7, 8, 14, 28, 56), (3, 8, 16, 512), 2**23, 3, 7)
+QUICK = Extent((1, 7, 56), (3, 64), 2**18, 1, 3)
 
 
 def shares_of_bandwidth(
-    channels: int, side: int, residual: bool, layout: str, extent: Extent, machine: Machine
-) -> dict[str, float]:
-    """By direction, the median of the rounds' shares: bytes that must be moved, over time, over the copy's bandwidth."""
+    plane: int, channels: int, residual: bool, layout: str, extent: Extent, machine: Machine
+) -> list[dict[str, float]]:
+    """Of each round of a pass, by direction: bytes that must be moved, over time, over the copy's bandwidth."""
 
     def case_of(elements: int):
-        samples = max(2, round(elements / (channels * side * side)))
-        return make_case(Site((samples, channels, side, side), "relu", residual), CPU, torch.float32, LAYOUTS[layout])
+        samples = max(2, round(elements / (channels * plane * plane)))
+        return make_case(Site((samples, channels, plane, plane), "relu", residual), CPU, torch.float32, LAYOUTS[layout])
 
     checked, case = case_of(VERIFIED_ELEMENTS), case_of(extent.elements)
     ours = lambda case: {OURS: case.functions(compiled=False)[OURS]}
@@ -65,7 +66,7 @@ def shares_of_bandwidth(
 
     rounds = [{name: seconds(contender) for name, contender in contenders.items()} for _ in range(1 + extent.rounds)]
     moved = {d: case.site.passes(d) * case.x.numel() * case.x.element_size() for d in DIRECTIONS}
-    return {d: median(moved[d] / times[d] / bandwidth(times["copy"]) for times in rounds[1:]) for d in DIRECTIONS}
+    return [{d: moved[d] / times[d] / bandwidth(times["copy"]) for d in DIRECTIONS} for times in rounds[1:]]
 
 
 def main() -> None:
@@ -76,13 +77,17 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     extent, machine = QUICK if arguments.quick else FULL, Machine(CPU)
     kinds = [(channels, False) for channels in extent.channels] + [(extent.channels[-1], True)]
-    shares = [
+    sites = [
         {"plane": side, "channels": channels, "residual": residual, "layout": layout}
-        | shares_of_bandwidth(channels, side, residual, layout, extent, machine)
         for layout in LAYOUTS
         for channels, residual in kinds
         for side in extent.planes
     ]
+    rounds: list[list[dict[str, float]]] = [[] for _ in sites]
+    for _ in range(extent.passes):
+        for of_site, site in zip(rounds, sites):
+            of_site += shares_of_bandwidth(**site, extent=extent, machine=machine)
+    shares = [site | {d: median(round[d] for round in of_site) for d in DIRECTIONS} for site, of_site in zip(sites, rounds)]
     rows = [["of copy bandwidth", "channels", *(f"{side}×{side}" for side in extent.planes)]]
     for direction in DIRECTIONS:
         for layout in LAYOUTS:
@@ -94,7 +99,7 @@ def main() -> None:
         "quick_small_planes" if arguments.quick else "small_planes",
         "python benchmarks/small_planes.py" + (" --quick" if arguments.quick else ""),
         elements=extent.elements,
-        rounds=extent.rounds,
+        rounds=extent.passes * extent.rounds,
         share_of_copy_bandwidth=shares,
     )
     print(f"{markdown(rows)}\n\nwrote {path}")
