@@ -77,9 +77,9 @@ def _towards_cifar10() -> list[Variant]:
     three = ("convnet3", "resnet8")  # with the first
     lines = (
         ("1/f noise and steps", spectrum, {}),
-        ("1/f, 600 iterations", spectrum | {"iterations": 600}, {}),
         ("1/f, 10 sub-classes", spectrum, {"record": {"subclasses": 10}}),
         ("1/f, less cross-entropy", small_ce, {}),
+        ("1/f, 400 iterations", small_ce | {"iterations": 400}, {}),
         ("1/f, with a plain network", small_ce, {"teachers": ("convnet3",)}),
         ("1/f, two teachers in turn", in_turn, {"teachers": ("convnet3",)}),
         ("1/f, three teachers, 10 sub-classes", in_turn, {"teachers": three, "record": {"subclasses": 10}}),

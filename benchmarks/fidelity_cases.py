@@ -231,6 +231,7 @@ LADDER = (
     ("synthetic", "recipe", "views"),
     ("synthetic", "recipe", "soft"),
     ("synthetic", "recipe", "hard"),
+    ("synthetic", "global", "views"),
     ("synthetic", "global", "soft"),
     ("noise", None, "views"),
     ("noise", None, "soft"),

@@ -222,7 +222,9 @@ STYLES = {  # arm, labels → colour and line
     ("recipe", "views"): ("#0b6e4f", "-"),
     ("recipe", "soft"): ("#0b6e4f", "--"),
     ("recipe", "hard"): ("#0b6e4f", ":"),
+    ("global", "views"): ("#f4a259", "-"),
     ("global", "soft"): ("#f4a259", "--"),
+    ("noise", "views"): ("#bc4b51", "-"),
     ("noise", "soft"): ("#bc4b51", "--"),
     ("noise", "hard"): ("#bc4b51", ":"),
 }
