@@ -3,8 +3,8 @@
 // Each kernel walks its share in *tiles* that fit the first-level cache, and runs a few plain loops over each tile: one for
 // what the moments are taken about, then one for moments and output. Memory is read once; later loops find the tile in
 // cache. The loops are in vectors, or written for the compiler to make them so: a tile is [rows, width], and the inner loop
-// runs over `width` without a branch. All arithmetic is in the accumulator's type A; narrower elements are converted tile
-// by tile.
+// runs over `width` without a branch. All arithmetic is in the accumulator's type A: bfloat16 is converted as it is loaded
+// and stored, float16 tile by tile.
 //
 //   planes   a tile is a piece of one plane or some planes, as they follow in memory: each row has one channel, and one
 //            coefficient
@@ -90,12 +90,17 @@ BNFUSE_INLINE Shape without_gaps(Shape shape, int64_t stride) {
   return stride == shape.width ? Shape{1, shape.rows * shape.width} : shape;
 }
 
-// Values of a tile: row r starts at data + r·stride.
-template <typename A>
+// Elements of a tile: row r starts at data + r·stride.
+template <typename E>
 struct Tile {
-  A* data;
+  E* data;
   int64_t stride;
 };
+
+// What the loops over a tile read and write, E: elements as they are stored, or the accumulators of those that compilers do not
+// convert in vectors.
+template <typename T>
+using Element = std::conditional_t<std::is_same_v<T, Half>, Accumulator<T>, T>;
 
 // Rows that lie far apart are each in a page of their own. At its start the processor waits for memory, since its prefetching
 // ended with the page before: so all rows of a tile are asked for before the first is used, and several are taken at a time.
@@ -123,11 +128,11 @@ BNFUSE_INLINE void ask_for(const T* x, int64_t stride, Shape shape) {
       __builtin_prefetch(reinterpret_cast<const char*>(x + r * stride) + byte);
 }
 
-// A tile of memory as A: itself, or converted into `buffer` [TILE_SIZE].
+// A tile of memory: itself, or converted into `buffer` [TILE_SIZE].
 template <typename T>
-Tile<const Accumulator<T>> load(const T* x, int64_t stride, Shape shape, Accumulator<T>* __restrict buffer) {
+Tile<const Element<T>> load(const T* x, int64_t stride, Shape shape, Accumulator<T>* __restrict buffer) {
   ask_for(x, stride, shape);
-  if constexpr (std::is_same_v<T, Accumulator<T>>) {
+  if constexpr (std::is_same_v<T, Element<T>>) {
     return {x, stride};
   } else {
     const Shape spans = without_gaps(shape, stride);
@@ -138,21 +143,21 @@ Tile<const Accumulator<T>> load(const T* x, int64_t stride, Shape shape, Accumul
 
 // Where the values of a tile of output are computed: in memory, or in `buffer` [TILE_SIZE] from which `store` takes them.
 template <typename T>
-Tile<Accumulator<T>> target(T* out, int64_t stride, Shape shape, Accumulator<T>* buffer) {
+Tile<Element<T>> target(T* out, int64_t stride, Shape shape, Accumulator<T>* buffer) {
   ask_for(out, stride, shape);
-  if constexpr (std::is_same_v<T, Accumulator<T>>) {
+  if constexpr (std::is_same_v<T, Element<T>>) {
     return {out, stride};
   } else {
     return {buffer, shape.width};
   }
 }
 
-template <typename A, typename T>
-void store(Tile<A> values, T* out, int64_t stride, Shape shape) {
+template <typename E, typename T>
+void store(Tile<E> values, T* out, int64_t stride, Shape shape) {
   if (reinterpret_cast<void*>(values.data) == reinterpret_cast<void*>(out)) return;
   if (values.stride == shape.width) shape = without_gaps(shape, stride);
   for (int64_t r = 0; r < shape.rows; ++r) {
-    if constexpr (std::is_same_v<T, A>) {
+    if constexpr (std::is_same_v<T, E>) {
       memcpy(out + r * stride, values.data + r * values.stride, shape.width * sizeof(T));
     } else {
       narrow_span(values.data + r * values.stride, shape.width, out + r * stride);
@@ -210,9 +215,33 @@ BNFUSE_INLINE typename VectorOf<A>::type load_vector(const A* x) {
   return v;
 }
 
+// bfloat16 as the upper half of a float.
+typedef uint32_t FloatBits __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t BFloat16Bits __attribute__((vector_size(VECTOR_BYTES / 2)));
+
+BNFUSE_INLINE VectorOf<float>::type load_vector(const BFloat16* x) {
+  BFloat16Bits stored;
+  memcpy(&stored, x, sizeof(stored));
+#ifdef __AVX512F__  // where compilers convert each half alone
+  const FloatBits wide = (FloatBits)_mm512_maskz_cvtepu16_epi32(__mmask16(-1), (__m256i)stored);
+#else
+  const FloatBits wide = __builtin_convertvector(stored, FloatBits);
+#endif
+  return (VectorOf<float>::type)(wide << 16);
+}
+
 template <typename A>
 BNFUSE_INLINE void store_vector(typename VectorOf<A>::type v, A* x) {
   memcpy(x, &v, sizeof(v));
+}
+
+// As narrow does it.
+BNFUSE_INLINE void store_vector(VectorOf<float>::type v, BFloat16* x) {
+  const FloatBits bits = (FloatBits)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const FloatBits is_nan = (FloatBits)((bits & 0x7fffffffu) > 0x7f800000u);
+  const FloatBits narrowed = (rounded & ~is_nan) | (0x7fc0u & is_nan);
+  const BFloat16Bits stored = __builtin_convertvector(narrowed, BFloat16Bits);
+  memcpy(x, &stored, sizeof(stored));
 }
 
 // of<SAME> for LANES columns from i on.
@@ -310,13 +339,13 @@ A sum_span(const A* x, int64_t n) {
 // ---- moments of planes, a channel each ----
 
 // Mean and Σ(x − mean)² of x [n] in float64, for what overflows float32 on the way.
-template <typename A>
-void exact_moments(const A* x, int64_t n, double& mean, double& m2) {
+template <typename E>
+void exact_moments(const E* x, int64_t n, double& mean, double& m2) {
   double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += double(x[i]);
+  for (int64_t i = 0; i < n; ++i) sum += double(widen(x[i]));
   mean = sum / double(n);
   m2 = 0;
-  for (int64_t i = 0; i < n; ++i) m2 += (double(x[i]) - mean) * (double(x[i]) - mean);
+  for (int64_t i = 0; i < n; ++i) m2 += (double(widen(x[i])) - mean) * (double(widen(x[i])) - mean);
 }
 
 // The sums of the rows of a tile, a plane or a piece of one each: LANES rows at most.
@@ -346,17 +375,19 @@ struct Span {
   }
 
   // The vector that ends with the span; a shorter span fills its last lanes.
-  BNFUSE_INLINE Vector load_last(const A* x) const {
+  template <typename E>
+  BNFUSE_INLINE Vector load_last(const E* x) const {
     if (n >= LANES) return load_vector(x + n - LANES);
     A lanes[LANES] = {};
-    memcpy(lanes + LANES - n, x, n * sizeof(A));
+    for (int64_t i = 0; i < n; ++i) lanes[LANES - n + i] = widen(x[i]);
     return load_vector(lanes);
   }
 
   BNFUSE_INLINE Vector keep_rest(Vector v) const { return (Vector)((Bits)v & rest); }
 
   // Lanes whose sum is that of x [n].
-  BNFUSE_INLINE Vector sum(const A* x) const {
+  template <typename E>
+  BNFUSE_INLINE Vector sum(const E* x) const {
     Vector sum0{}, sum1{}, sum2{}, sum3{};
     int64_t i = 0;
     for (; i + 4 * LANES <= whole; i += 4 * LANES) {
@@ -372,8 +403,8 @@ struct Span {
 
   // Adds row r, x [n], to the sums, and hands each of its vectors to use(where it begins, vector). The last one overlaps the one
   // before where the row ends amid it; a row shorter than a vector is not handed on.
-  template <typename Use>
-  BNFUSE_INLINE void add_row(const A* x, int64_t r, PlaneSums<A>& sums, const Use& use) const {
+  template <typename E, typename Use>
+  BNFUSE_INLINE void add_row(const E* x, int64_t r, PlaneSums<A>& sums, const Use& use) const {
     const A pivot = sums.pivots[r];
     Vector s0{}, s1{}, q0{}, q1{};
     const auto add = [&](int64_t i, Vector& s, Vector& q) __attribute__((always_inline)) {
@@ -399,7 +430,8 @@ struct Span {
   }
 
   // Of x [rows, n]; rows ≤ LANES.
-  void find_pivots(const A* x, int64_t rows, PlaneSums<A>& sums) const {
+  template <typename E>
+  void find_pivots(const E* x, int64_t rows, PlaneSums<A>& sums) const {
     Vector lanes[LANES];
     for (int64_t r = 0; r < rows; ++r) lanes[r] = sum(x + r * n);
     sum_rows<A>(lanes, rows, sums.pivots);
@@ -407,7 +439,8 @@ struct Span {
   }
 
   // mean and m2 [rows] of x [rows, n], whose rows were added; there is room for LANES.
-  void finish(const A* x, int64_t rows, PlaneSums<A>& sums, double* __restrict mean, double* __restrict m2) const {
+  template <typename E>
+  void finish(const E* x, int64_t rows, PlaneSums<A>& sums, double* __restrict mean, double* __restrict m2) const {
     A s[LANES], q[LANES];
     sum_rows<A>(sums.s, rows, s);
     sum_rows<A>(sums.q, rows, q);
@@ -487,12 +520,12 @@ struct ColumnMoments {
     rows = 0;
   }
 
-  template <typename A>
-  void add_to_pivot(Tile<const A> x, Shape shape) {
+  template <typename E>
+  void add_to_pivot(Tile<const E> x, Shape shape) {
     S* __restrict sum = pivot;
     for (int64_t r = 0; r < shape.rows; ++r) {
-      const A* __restrict row = x.data + r * x.stride;
-      for (int64_t i = 0; i < shape.width; ++i) sum[i] += row[i];
+      const E* __restrict row = x.data + r * x.stride;
+      for (int64_t i = 0; i < shape.width; ++i) sum[i] += widen(row[i]);
     }
   }
 
@@ -502,15 +535,15 @@ struct ColumnMoments {
     spread(pivot, columns);
   }
 
-  template <typename A>
-  void add(Tile<const A> x, Shape shape) {
+  template <typename E>
+  void add(Tile<const E> x, Shape shape) {
     const S* __restrict p = pivot;
     S* __restrict s_out = s;
     S* __restrict q_out = q;
     for (int64_t r = 0; r < shape.rows; ++r) {
-      const A* row = x.data + r * x.stride;
+      const E* row = x.data + r * x.stride;
       for (int64_t i = 0; i < shape.width; ++i) {
-        const S d = row[i] - p[i];
+        const S d = widen(row[i]) - p[i];
         s_out[i] += d;
         q_out[i] += d * d;
       }
@@ -664,18 +697,18 @@ void unpack_tile(MaskTile mask, Shape shape, uint8_t* flags) {
 // ---- forward, a tile of planes: y = act(scale·x + shift (+ residual)), the flags of the mask, and its sums ----
 
 // flags [rows·width], written where a mask is needed.
-template <typename A>
-using PlanesFunction = void (*)(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape, Coefficients<A>, A slope,
+template <typename E, typename A = Accumulator<E>>
+using PlanesFunction = void (*)(Tile<const E> x, Tile<const E> residual, Tile<E> y, Shape, Coefficients<A>, A slope,
                                 uint8_t* flags, const Span<A>& span, PlaneSums<A>& sums);
 
-template <typename A, Act ACT, bool RESIDUAL>
-void apply_to_planes(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape shape, Coefficients<A> coefficients, A slope,
+template <typename E, Act ACT, bool RESIDUAL, typename A = Accumulator<E>>
+void apply_to_planes(Tile<const E> x, Tile<const E> residual, Tile<E> y, Shape shape, Coefficients<A> coefficients, A slope,
                      uint8_t* flags, const Span<A>& span, PlaneSums<A>& sums) {
   constexpr bool MASK = RESIDUAL && is_two_slope(ACT);
   for (int64_t r = 0; r < shape.rows; ++r) {
-    const A* x_row = x.data + r * x.stride;
-    const A* residual_row = RESIDUAL ? residual.data + r * residual.stride : nullptr;
-    A* y_row = y.data + r * y.stride;
+    const E* x_row = x.data + r * x.stride;
+    const E* residual_row = RESIDUAL ? residual.data + r * residual.stride : nullptr;
+    E* y_row = y.data + r * y.stride;
     uint8_t* flags_row = MASK ? flags + r * shape.width : nullptr;
     const A scale = coefficients.scale[r], shift = coefficients.shift[r];
     // Whole vectors alone where there is one: short rows would spend most of their time on what is left over.
@@ -683,50 +716,51 @@ void apply_to_planes(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape s
       typename VectorOf<A>::type z = scale * v + shift;
       if (RESIDUAL) z += load_vector(residual_row + begin);
       if (MASK) store_flags<A>(on_upper_slope<ACT>(z), flags_row + begin);
-#pragma GCC ivdep
+      A lanes[LANES<A>];
 #pragma GCC unroll 1
-      for (int64_t i = 0; i < LANES<A>; ++i) y_row[begin + i] = activation<ACT>(z[i], slope);
+      for (int64_t i = 0; i < LANES<A>; ++i) lanes[i] = activation<ACT>(z[i], slope);
+      store_vector(load_vector(lanes), y_row + begin);
     });
     if (shape.width >= LANES<A>) continue;
     for (int64_t i = 0; i < shape.width; ++i) {
-      A z = scale * x_row[i] + shift;
-      if (RESIDUAL) z += residual_row[i];
+      A z = scale * widen(x_row[i]) + shift;
+      if (RESIDUAL) z += widen(residual_row[i]);
       if (MASK) flags_row[i] = on_upper_slope<ACT>(z);
-      y_row[i] = activation<ACT>(z, slope);
+      narrow(activation<ACT>(z, slope), y_row[i]);
     }
   }
 }
 
-template <typename A, bool RESIDUAL>
-PlanesFunction<A> select_apply_to_planes(Act act) {
+template <typename E, bool RESIDUAL>
+PlanesFunction<E> select_apply_to_planes(Act act) {
   switch (act) {
-    case Act::relu: return apply_to_planes<A, Act::relu, RESIDUAL>;
-    case Act::relu6: return apply_to_planes<A, Act::relu6, RESIDUAL>;
-    case Act::leaky_relu: return apply_to_planes<A, Act::leaky_relu, RESIDUAL>;
-    case Act::silu: return apply_to_planes<A, Act::silu, RESIDUAL>;
-    case Act::hardswish: return apply_to_planes<A, Act::hardswish, RESIDUAL>;
-    default: return apply_to_planes<A, Act::identity, RESIDUAL>;
+    case Act::relu: return apply_to_planes<E, Act::relu, RESIDUAL>;
+    case Act::relu6: return apply_to_planes<E, Act::relu6, RESIDUAL>;
+    case Act::leaky_relu: return apply_to_planes<E, Act::leaky_relu, RESIDUAL>;
+    case Act::silu: return apply_to_planes<E, Act::silu, RESIDUAL>;
+    case Act::hardswish: return apply_to_planes<E, Act::hardswish, RESIDUAL>;
+    default: return apply_to_planes<E, Act::identity, RESIDUAL>;
   }
 }
 
 // ---- forward, a tile of columns: the same ----
 
 // flags [rows·width], written where a mask is needed.
-template <typename A>
-using ColumnsFunction = void (*)(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape, Coefficients<A>, A slope,
+template <typename E, typename A = Accumulator<E>>
+using ColumnsFunction = void (*)(Tile<const E> x, Tile<const E> residual, Tile<E> y, Shape, Coefficients<A>, A slope,
                                  uint8_t* flags, ColumnMoments<A>& moments);
 
-template <typename A, Act ACT, bool RESIDUAL>
-void apply_to_columns(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape shape, Coefficients<A> coefficients, A slope,
+template <typename E, Act ACT, bool RESIDUAL, typename A = Accumulator<E>>
+void apply_to_columns(Tile<const E> x, Tile<const E> residual, Tile<E> y, Shape shape, Coefficients<A> coefficients, A slope,
                       uint8_t* flags, ColumnMoments<A>& moments) {
   constexpr bool MASK = RESIDUAL && is_two_slope(ACT);
   const A *scale = coefficients.scale, *shift = coefficients.shift, *pivot = moments.pivot;
   A *s = moments.s, *q = moments.q;
-  const bool several = several_at_once<A>(x.stride, shape);
+  const bool several = several_at_once<E>(x.stride, shape);
   for_rows(shape.rows, several, [&](int64_t first, auto rows_at_once) __attribute__((always_inline)) {
     constexpr int ROWS = decltype(rows_at_once)::value;
-    const A *x_rows[ROWS], *residual_rows[ROWS];
-    A* y_rows[ROWS];
+    const E *x_rows[ROWS], *residual_rows[ROWS];
+    E* y_rows[ROWS];
     uint8_t* flags_rows[ROWS];
     for (int r = 0; r < ROWS; ++r) {
       x_rows[r] = x.data + (first + r) * x.stride;
@@ -739,13 +773,13 @@ void apply_to_columns(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape 
       A sum = s[i], squares = q[i];
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r) {
-        const A d = x_rows[r][i] - pivot[i];
+        const A value = widen(x_rows[r][i]), d = value - pivot[i];
         sum += d;
         squares += d * d;
-        A z = scale[i] * x_rows[r][i] + shift[i];
-        if (RESIDUAL) z += residual_rows[r][i];
+        A z = scale[i] * value + shift[i];
+        if (RESIDUAL) z += widen(residual_rows[r][i]);
         if (MASK) flags_rows[r][i] = on_upper_slope<ACT>(z);
-        y_rows[r][i] = activation<ACT>(z, slope);
+        narrow(activation<ACT>(z, slope), y_rows[r][i]);
       }
       s[i] = sum;
       q[i] = squares;
@@ -753,15 +787,15 @@ void apply_to_columns(Tile<const A> x, Tile<const A> residual, Tile<A> y, Shape 
   });
 }
 
-template <typename A, bool RESIDUAL>
-ColumnsFunction<A> select_apply_to_columns(Act act) {
+template <typename E, bool RESIDUAL>
+ColumnsFunction<E> select_apply_to_columns(Act act) {
   switch (act) {
-    case Act::relu: return apply_to_columns<A, Act::relu, RESIDUAL>;
-    case Act::relu6: return apply_to_columns<A, Act::relu6, RESIDUAL>;
-    case Act::leaky_relu: return apply_to_columns<A, Act::leaky_relu, RESIDUAL>;
-    case Act::silu: return apply_to_columns<A, Act::silu, RESIDUAL>;
-    case Act::hardswish: return apply_to_columns<A, Act::hardswish, RESIDUAL>;
-    default: return apply_to_columns<A, Act::identity, RESIDUAL>;
+    case Act::relu: return apply_to_columns<E, Act::relu, RESIDUAL>;
+    case Act::relu6: return apply_to_columns<E, Act::relu6, RESIDUAL>;
+    case Act::leaky_relu: return apply_to_columns<E, Act::leaky_relu, RESIDUAL>;
+    case Act::silu: return apply_to_columns<E, Act::silu, RESIDUAL>;
+    case Act::hardswish: return apply_to_columns<E, Act::hardswish, RESIDUAL>;
+    default: return apply_to_columns<E, Act::identity, RESIDUAL>;
   }
 }
 
@@ -769,7 +803,8 @@ ColumnsFunction<A> select_apply_to_columns(Act act) {
 template <typename T, bool SAME>
 struct ForwardTile {
   using A = Accumulator<T>;
-  using Function = std::conditional_t<SAME, PlanesFunction<A>, ColumnsFunction<A>>;
+  using E = Element<T>;
+  using Function = std::conditional_t<SAME, PlanesFunction<E>, ColumnsFunction<E>>;
   const Forward& f;
   Function function;
   alignas(64) A x_buffer[TILE_SIZE + APART];
@@ -781,23 +816,23 @@ struct ForwardTile {
 
   template <bool RESIDUAL>
   static Function select(Act act) {
-    if constexpr (SAME) return select_apply_to_planes<A, RESIDUAL>(act);
-    if constexpr (!SAME) return select_apply_to_columns<A, RESIDUAL>(act);
+    if constexpr (SAME) return select_apply_to_planes<E, RESIDUAL>(act);
+    if constexpr (!SAME) return select_apply_to_columns<E, RESIDUAL>(act);
   }
 
-  Tile<const A> load_x(int64_t at, int64_t stride, Shape shape) {
+  Tile<const E> load_x(int64_t at, int64_t stride, Shape shape) {
     return load(static_cast<const T*>(f.x) + at, stride, shape, x_buffer);
   }
 
   // y of the tile at element `at`, whose rows lie `stride` apart; x is what load_x gave for it, and is added to `sums`: those of
   // the walk, as its function takes them.
   template <typename... Sums>
-  void operator()(Tile<const A> x, int64_t at, int64_t stride, Shape shape, Coefficients<A> coefficients, MaskTile mask,
+  void operator()(Tile<const E> x, int64_t at, int64_t stride, Shape shape, Coefficients<A> coefficients, MaskTile mask,
                   Sums&... sums) {
-    Tile<const A> residual{nullptr, 0};
+    Tile<const E> residual{nullptr, 0};
     if (f.residual) residual = load(static_cast<const T*>(f.residual) + at, stride, shape, residual_buffer);
     T* out = static_cast<T*>(f.y) + at;
-    const Tile<A> y = target(out, stride, shape, y_buffer);
+    const Tile<E> y = target(out, stride, shape, y_buffer);
     function(x, residual, y, shape, coefficients, A(f.slope), flags, sums...);
     store(y, out, stride, shape);
     if (mask.bits) pack_tile(flags, shape, mask);
@@ -807,59 +842,59 @@ struct ForwardTile {
 // ---- backward, a tile, in two steps: dz = act'·dy, then dx = scale·dz + a + b·(x − mean) ----
 
 // dz is the gradient of the residual too.
-template <typename A>
-using DeriveFunction = void (*)(Tile<const A> dy, Tile<const A> x, Tile<const A> residual, Shape, Coefficients<A>, A slope,
+template <typename E, typename A = Accumulator<E>>
+using DeriveFunction = void (*)(Tile<const E> dy, Tile<const E> x, Tile<const E> residual, Shape, Coefficients<A>, A slope,
                                 Tile<A> dz);
 
-template <typename A, Act ACT, bool RESIDUAL, bool SAME>
-void derive(Tile<const A> dy, Tile<const A> x, Tile<const A> residual, Shape shape, Coefficients<A> coefficients, A slope,
+template <typename E, Act ACT, bool RESIDUAL, bool SAME, typename A = Accumulator<E>>
+void derive(Tile<const E> dy, Tile<const E> x, Tile<const E> residual, Shape shape, Coefficients<A> coefficients, A slope,
             Tile<A> dz) {
   for (int64_t r = 0; r < shape.rows; ++r) {
-    const A* __restrict x_row = x.data + r * x.stride;
-    const A* __restrict residual_row = RESIDUAL ? residual.data + r * residual.stride : nullptr;
-    const A* __restrict dy_row = dy.data + r * dy.stride;
+    const E* __restrict x_row = x.data + r * x.stride;
+    const E* __restrict residual_row = RESIDUAL ? residual.data + r * residual.stride : nullptr;
+    const E* __restrict dy_row = dy.data + r * dy.stride;
     A* __restrict dz_row = dz.data + r * dz.stride;
     for (int64_t i = 0; i < shape.width; ++i) {
-      A z = of<SAME>(coefficients.scale, r, i) * x_row[i] + of<SAME>(coefficients.shift, r, i);
-      if (RESIDUAL) z += residual_row[i];
-      dz_row[i] = derivative<ACT>(z, slope) * dy_row[i];
+      A z = of<SAME>(coefficients.scale, r, i) * widen(x_row[i]) + of<SAME>(coefficients.shift, r, i);
+      if (RESIDUAL) z += widen(residual_row[i]);
+      dz_row[i] = derivative<ACT>(z, slope) * widen(dy_row[i]);
     }
   }
 }
 
-template <typename A, bool RESIDUAL, bool SAME>
-DeriveFunction<A> select_derive(Act act) {
+template <typename E, bool RESIDUAL, bool SAME>
+DeriveFunction<E> select_derive(Act act) {
   switch (act) {
-    case Act::relu: return derive<A, Act::relu, RESIDUAL, SAME>;
-    case Act::relu6: return derive<A, Act::relu6, RESIDUAL, SAME>;
-    case Act::leaky_relu: return derive<A, Act::leaky_relu, RESIDUAL, SAME>;
-    case Act::silu: return derive<A, Act::silu, RESIDUAL, SAME>;
-    case Act::hardswish: return derive<A, Act::hardswish, RESIDUAL, SAME>;
-    default: return derive<A, Act::identity, false, SAME>;
+    case Act::relu: return derive<E, Act::relu, RESIDUAL, SAME>;
+    case Act::relu6: return derive<E, Act::relu6, RESIDUAL, SAME>;
+    case Act::leaky_relu: return derive<E, Act::leaky_relu, RESIDUAL, SAME>;
+    case Act::silu: return derive<E, Act::silu, RESIDUAL, SAME>;
+    case Act::hardswish: return derive<E, Act::hardswish, RESIDUAL, SAME>;
+    default: return derive<E, Act::identity, false, SAME>;
   }
 }
 
-template <typename A>
-void derive_from_flags(Tile<const A> dy, Shape shape, const uint8_t* flags, A below, Tile<A> dz) {
+template <typename E, typename A = Accumulator<E>>
+void derive_from_flags(Tile<const E> dy, Shape shape, const uint8_t* flags, A below, Tile<A> dz) {
   for (int64_t r = 0; r < shape.rows; ++r) {
-    const A* __restrict dy_row = dy.data + r * dy.stride;
+    const E* __restrict dy_row = dy.data + r * dy.stride;
     const uint8_t* __restrict flags_row = flags + r * shape.width;
     A* __restrict dz_row = dz.data + r * dz.stride;
-    for (int64_t i = 0; i < shape.width; ++i) dz_row[i] = (flags_row[i] ? A(1) : below) * dy_row[i];
+    for (int64_t i = 0; i < shape.width; ++i) dz_row[i] = (flags_row[i] ? A(1) : below) * widen(dy_row[i]);
   }
 }
 
 // Both steps in one loop, for the common case: dy and dvar are there, act' comes from x alone, and nobody wants dz.
-template <typename A>
-using BackwardFunction = void (*)(Tile<const A> dy, Tile<const A> x, Shape, Coefficients<A>, A slope, Tile<A> dx);
+template <typename E, typename A = Accumulator<E>>
+using BackwardFunction = void (*)(Tile<const E> dy, Tile<const E> x, Shape, Coefficients<A>, A slope, Tile<E> dx);
 
-template <typename A, Act ACT, bool SAME>
-void backward_at_once(Tile<const A> dy, Tile<const A> x, Shape shape, Coefficients<A> coefficients, A slope, Tile<A> dx) {
-  const bool several = !SAME && several_at_once<A>(x.stride, shape);
+template <typename E, Act ACT, bool SAME, typename A = Accumulator<E>>
+void backward_at_once(Tile<const E> dy, Tile<const E> x, Shape shape, Coefficients<A> coefficients, A slope, Tile<E> dx) {
+  const bool several = !SAME && several_at_once<E>(x.stride, shape);
   for_rows(shape.rows, several, [&](int64_t first, auto rows_at_once) __attribute__((always_inline)) {
     constexpr int ROWS = decltype(rows_at_once)::value;
-    const A *x_rows[ROWS], *dy_rows[ROWS];
-    A* dx_rows[ROWS];  // may be dy_rows: an element is read before it is written, and never again
+    const E *x_rows[ROWS], *dy_rows[ROWS];
+    E* dx_rows[ROWS];  // may be dy_rows: an element is read before it is written, and never again
     for (int r = 0; r < ROWS; ++r) {
       x_rows[r] = x.data + (first + r) * x.stride;
       dy_rows[r] = dy.data + (first + r) * dy.stride;
@@ -875,48 +910,50 @@ void backward_at_once(Tile<const A> dy, Tile<const A> x, Shape shape, Coefficien
       const A a = SAME ? a_r : coefficients.dmean[i], b = SAME ? b_r : coefficients.dvar[i];
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r) {
-        const A dz = derivative<ACT>(scale * x_rows[r][i] + shift, slope) * dy_rows[r][i];
-        dx_rows[r][i] = scale * dz + (a + b * (x_rows[r][i] - mean));
+        const A value = widen(x_rows[r][i]);
+        const A dz = derivative<ACT>(scale * value + shift, slope) * widen(dy_rows[r][i]);
+        narrow(scale * dz + (a + b * (value - mean)), dx_rows[r][i]);
       }
     }
   });
 }
 
-template <typename A, bool SAME>
-BackwardFunction<A> select_backward_at_once(Act act) {
+template <typename E, bool SAME>
+BackwardFunction<E> select_backward_at_once(Act act) {
   switch (act) {
-    case Act::relu: return backward_at_once<A, Act::relu, SAME>;
-    case Act::relu6: return backward_at_once<A, Act::relu6, SAME>;
-    case Act::leaky_relu: return backward_at_once<A, Act::leaky_relu, SAME>;
-    case Act::silu: return backward_at_once<A, Act::silu, SAME>;
-    case Act::hardswish: return backward_at_once<A, Act::hardswish, SAME>;
-    default: return backward_at_once<A, Act::identity, SAME>;
+    case Act::relu: return backward_at_once<E, Act::relu, SAME>;
+    case Act::relu6: return backward_at_once<E, Act::relu6, SAME>;
+    case Act::leaky_relu: return backward_at_once<E, Act::leaky_relu, SAME>;
+    case Act::silu: return backward_at_once<E, Act::silu, SAME>;
+    case Act::hardswish: return backward_at_once<E, Act::hardswish, SAME>;
+    default: return backward_at_once<E, Act::identity, SAME>;
   }
 }
 
 // The same where act' comes from the mask, and dz is wanted for the residual.
-template <typename A, bool SAME>
-void masked_backward_at_once(Tile<const A> dy, Tile<const A> x, Shape shape, const uint8_t* flags, Coefficients<A> coefficients,
-                             A below, Tile<A> dz, Tile<A> dx) {
+template <typename E, bool SAME, typename A = Accumulator<E>>
+void masked_backward_at_once(Tile<const E> dy, Tile<const E> x, Shape shape, const uint8_t* flags, Coefficients<A> coefficients,
+                             A below, Tile<E> dz, Tile<E> dx) {
   using Vector = typename VectorOf<A>::type;
   for (int64_t r = 0; r < shape.rows; ++r) {
-    const A *x_row = x.data + r * x.stride, *dy_row = dy.data + r * dy.stride;
+    const E *x_row = x.data + r * x.stride, *dy_row = dy.data + r * dy.stride;
     const uint8_t* flags_row = flags + r * shape.width;
-    A *dz_row = dz.data + r * dz.stride, *dx_row = dx.data + r * dx.stride;  // dx_row may be dy_row, as above
+    E *dz_row = dz.data + r * dz.stride, *dx_row = dx.data + r * dx.stride;  // dx_row may be dy_row, as above
     const auto element = [&](int64_t i) __attribute__((always_inline)) {
-      const A dz_i = (flags_row[i] ? A(1) : below) * dy_row[i];
-      dz_row[i] = dz_i;
-      dx_row[i] = of<SAME>(coefficients.scale, r, i) * dz_i +
-                  (of<SAME>(coefficients.dmean, r, i) +
-                   of<SAME>(coefficients.dvar, r, i) * (x_row[i] - of<SAME>(coefficients.mean, r, i)));
+      const A dz_i = (flags_row[i] ? A(1) : below) * widen(dy_row[i]);
+      narrow(dz_i, dz_row[i]);
+      narrow(of<SAME>(coefficients.scale, r, i) * dz_i +
+                 (of<SAME>(coefficients.dmean, r, i) +
+                  of<SAME>(coefficients.dvar, r, i) * (widen(x_row[i]) - of<SAME>(coefficients.mean, r, i))),
+             dx_row[i]);
     };
     const auto vector = [&](int64_t i, Vector dy_i) __attribute__((always_inline)) {
       const Vector dz_i = load_flags<A>(flags_row + i) ? dy_i : below * dy_i;
-      store_vector<A>(dz_i, dz_row + i);
+      store_vector(dz_i, dz_row + i);
       const Vector through_moments = vector_of<SAME>(coefficients.dmean, r, i) +
                                      vector_of<SAME>(coefficients.dvar, r, i) *
                                          (load_vector(x_row + i) - vector_of<SAME>(coefficients.mean, r, i));
-      store_vector<A>(vector_of<SAME>(coefficients.scale, r, i) * dz_i + through_moments, dx_row + i);
+      store_vector(vector_of<SAME>(coefficients.scale, r, i) * dz_i + through_moments, dx_row + i);
     };
     if (shape.width < LANES<A>) {
       for (int64_t i = 0; i < shape.width; ++i) element(i);
@@ -931,17 +968,17 @@ void masked_backward_at_once(Tile<const A> dy, Tile<const A> x, Shape shape, con
 }
 
 // An absent dvar must not touch x: 0·inf would be NaN.
-template <typename A, bool DY, bool DVAR, bool SAME>
-void combine(Tile<const A> dz, Tile<const A> x, Shape shape, Coefficients<A> coefficients, Tile<A> dx) {
+template <typename E, bool DY, bool DVAR, bool SAME, typename A = Accumulator<E>>
+void combine(Tile<const A> dz, Tile<const E> x, Shape shape, Coefficients<A> coefficients, Tile<E> dx) {
   for (int64_t r = 0; r < shape.rows; ++r) {
-    const A* __restrict x_row = x.data + r * x.stride;
+    const E* __restrict x_row = x.data + r * x.stride;
     const A* __restrict dz_row = DY ? dz.data + r * dz.stride : nullptr;
-    A* __restrict dx_row = dx.data + r * dx.stride;
+    E* __restrict dx_row = dx.data + r * dx.stride;
     for (int64_t i = 0; i < shape.width; ++i) {
       A sum = of<SAME>(coefficients.dmean, r, i);
-      if (DVAR) sum += of<SAME>(coefficients.dvar, r, i) * (x_row[i] - of<SAME>(coefficients.mean, r, i));
+      if (DVAR) sum += of<SAME>(coefficients.dvar, r, i) * (widen(x_row[i]) - of<SAME>(coefficients.mean, r, i));
       if (DY) sum += of<SAME>(coefficients.scale, r, i) * dz_row[i];
-      dx_row[i] = sum;
+      narrow(sum, dx_row[i]);
     }
   }
 }
@@ -951,9 +988,10 @@ void combine(Tile<const A> dz, Tile<const A> x, Shape shape, Coefficients<A> coe
 template <typename T, bool SAME>
 struct BackwardTile {
   using A = Accumulator<T>;
+  using E = Element<T>;
   const Backward& f;
-  DeriveFunction<A> derive;
-  BackwardFunction<A> at_once;  // or null
+  DeriveFunction<E> derive;
+  BackwardFunction<E> at_once;  // or null
   alignas(64) A x_buffer[TILE_SIZE + APART];
   alignas(64) A dy_buffer[TILE_SIZE + APART];
   alignas(64) A residual_buffer[TILE_SIZE + APART];
@@ -963,15 +1001,15 @@ struct BackwardTile {
 
   explicit BackwardTile(const Backward& f)
       : f(f),
-        derive(f.residual ? select_derive<A, true, SAME>(f.act) : select_derive<A, false, SAME>(f.act)),
-        at_once(f.dy && f.dvar && !f.residual && !f.mask && !f.dresidual ? select_backward_at_once<A, SAME>(f.act)
+        derive(f.residual ? select_derive<E, true, SAME>(f.act) : select_derive<E, false, SAME>(f.act)),
+        at_once(f.dy && f.dvar && !f.residual && !f.mask && !f.dresidual ? select_backward_at_once<E, SAME>(f.act)
                                                                          : nullptr) {}
 
   // The tile at element `at`, whose rows lie `stride` apart.
   void operator()(int64_t at, int64_t stride, Shape shape, Coefficients<A> coefficients, MaskTile mask) {
-    const Tile<const A> x = load(static_cast<const T*>(f.x) + at, stride, shape, x_buffer);
+    const Tile<const E> x = load(static_cast<const T*>(f.x) + at, stride, shape, x_buffer);
     T* out = static_cast<T*>(f.dx) + at;
-    const Tile<A> dx = target(out, stride, shape, dx_buffer);
+    const Tile<E> dx = target(out, stride, shape, dx_buffer);
     if (at_once) {
       at_once(load(static_cast<const T*>(f.dy) + at, stride, shape, dy_buffer), x, shape, coefficients, A(f.slope), dx);
       store(dx, out, stride, shape);
@@ -979,22 +1017,22 @@ struct BackwardTile {
     }
     if (f.dy && f.dvar && f.mask && f.dresidual) {
       T* dresidual = static_cast<T*>(f.dresidual) + at;
-      const Tile<A> dz = target(dresidual, stride, shape, dz_buffer);
-      const Tile<const A> dy = load(static_cast<const T*>(f.dy) + at, stride, shape, dy_buffer);
+      const Tile<E> dz = target(dresidual, stride, shape, dz_buffer);
+      const Tile<const E> dy = load(static_cast<const T*>(f.dy) + at, stride, shape, dy_buffer);
       unpack_tile(mask, shape, flags);
-      masked_backward_at_once<A, SAME>(dy, x, shape, flags, coefficients, A(lower_slope(f.act, f.slope)), dz, dx);
+      masked_backward_at_once<E, SAME>(dy, x, shape, flags, coefficients, A(lower_slope(f.act, f.slope)), dz, dx);
       store(dz, dresidual, stride, shape);
       store(dx, out, stride, shape);
       return;
     }
     const Tile<A> dz{dz_buffer, shape.width};
     if (f.dy) {
-      const Tile<const A> dy = load(static_cast<const T*>(f.dy) + at, stride, shape, dy_buffer);
+      const Tile<const E> dy = load(static_cast<const T*>(f.dy) + at, stride, shape, dy_buffer);
       if (mask.bits) {
         unpack_tile(mask, shape, flags);
         derive_from_flags(dy, shape, flags, A(lower_slope(f.act, f.slope)), dz);
       } else {
-        Tile<const A> residual{nullptr, 0};
+        Tile<const E> residual{nullptr, 0};
         if (f.residual) residual = load(static_cast<const T*>(f.residual) + at, stride, shape, residual_buffer);
         derive(dy, x, residual, shape, coefficients, A(f.slope), dz);
       }
@@ -1002,8 +1040,8 @@ struct BackwardTile {
       memset(dz_buffer, 0, sizeof(dz_buffer));
     }
     if (f.dresidual) store(dz, static_cast<T*>(f.dresidual) + at, stride, shape);
-    const auto combine_tile = f.dy ? (f.dvar ? combine<A, true, true, SAME> : combine<A, true, false, SAME>)
-                                   : (f.dvar ? combine<A, false, true, SAME> : combine<A, false, false, SAME>);
+    const auto combine_tile = f.dy ? (f.dvar ? combine<E, true, true, SAME> : combine<E, true, false, SAME>)
+                                   : (f.dvar ? combine<E, false, true, SAME> : combine<E, false, false, SAME>);
     combine_tile({dz.data, dz.stride}, x, shape, coefficients, dx);
     store(dx, out, stride, shape);
   }
@@ -1024,9 +1062,9 @@ struct ItemMoments {
     for (int64_t c = 0; c < channels; ++c) mean[c] = m2[c] = 0;
   }
 
-  // The means of the next planes' channels in the samples before, which are there before the planes have been read. Where they lie
-  // far from the planes' own, the channel's moments do not suffer: the square of the distance, which rounding is a part of, is in
-  // its Σ(x − mean)² by half at least (Welford's update).
+  // The means of the next planes' channels in the samples before, which are there before the planes have been read. Where they
+  // lie far from the planes' own, the channel's moments do not suffer: of the square of the distance, which rounding is a part
+  // of, half at least is in its Σ(x − mean)² (Welford's update).
   template <typename A>
   BNFUSE_INLINE void copy_means(int64_t planes, A* means) const {
     for (int64_t k = 0; k < planes; ++k) means[k] = A(mean[channel + k]);
@@ -1082,7 +1120,7 @@ void forward_planes_of(const Forward& f, const PlaneWalk& walk, int64_t begin, i
       for (int64_t i = 0; i < f.plane_size; i += FORWARD_TILE) {
         const Shape shape{rows, f.plane_size - i < width ? f.plane_size - i : width};
         const int64_t at = plane * f.plane_size + i, bytes = mask_bytes(f.plane_size);
-        const Tile<const A> x = forward_tile.load_x(at, f.plane_size, shape);
+        const Tile<const Element<T>> x = forward_tile.load_x(at, f.plane_size, shape);
         const Span<A>& span = shape.width == whole_tile.n ? whole_tile : last_tile;
         const MaskTile mask{f.mask ? f.mask + plane * bytes + i / 8 : nullptr, shape.width, 0, bytes};
         if (moments.before && moments.channel + rows <= channels) moments.copy_means(rows, sums.pivots);
@@ -1233,7 +1271,7 @@ void forward_columns_of(const Forward& f, const ColumnWalk& walk, int64_t begin,
     });
     moments.finish_pivot(item.columns, double(pivot_rows * walk.run));
     const auto add_and_apply = [&](int64_t at, Shape shape, int64_t stride, int64_t row) {
-      const Tile<const A> x = forward_tile.load_x(at, stride, shape);
+      const Tile<const Element<T>> x = forward_tile.load_x(at, stride, shape);
       if (f.y) forward_tile(x, at, stride, shape, coefficients, item.mask(walk, f.mask, row), moments);
       else moments.add(x, shape);
       moments.settle(shape);
