@@ -1,10 +1,10 @@
 // The CPU kernels, included once by each kernels_<instruction set>.cpp, which names the set and is compiled for it.
 //
-// Each kernel walks its share in *tiles* that fit the first-level cache, and runs a few plain loops over each tile: one for
-// what the moments are taken about, then one for moments and output. Memory is read once; later loops find the tile in
-// cache. The loops are in vectors, or written for the compiler to make them so: a tile is [rows, width], and the inner loop
-// runs over `width` without a branch. All arithmetic is in the accumulator's type A: bfloat16 is converted as it is loaded
-// and stored, float16 tile by tile.
+// Each kernel walks its share in *tiles* that fit the first-level cache, and runs a few plain loops over each tile: where it is
+// not known yet, one for what the moments are taken about, then one for moments and output. Memory is read once; later loops
+// find the tile in cache. The loops are in vectors, or written for the compiler to make them so: a tile is [rows, width],
+// and the inner loop runs over `width` without a branch. All arithmetic is in the accumulator's type A: bfloat16 is
+// converted as it is loaded and stored, float16 tile by tile.
 //
 //   planes   a tile is a piece of one plane or some planes, as they follow in memory: each row has one channel, and one
 //            coefficient
@@ -1190,6 +1190,7 @@ struct Item {
   BNFUSE_INLINE void for_each_tile(const ColumnWalk& walk, const Function& tile) const {
     const int64_t row_elements = walk.channels * walk.run;  // of a row of memory
     const int64_t width = columns.width(), stride = walk.fold * row_elements;
+    // Rows that several_at_once takes together need longer tiles, or there would not be several.
     const int64_t most = (stride > width || width >= WIDE ? TILE_SIZE : COLUMN_TILE) / width;
     const int64_t step = most < SETTLED_ROWS ? most : SETTLED_ROWS;
     const int64_t whole = (rows.end - rows.begin) / walk.fold, rest = (rows.end - rows.begin) % walk.fold;
