@@ -30,8 +30,9 @@ try:
     from . import _C as extension
 
     _extension_error = None
+    _environment = extension.environment  # in a fifth of os.environ's time, which a call of a small site would notice
 except ImportError as error:
-    extension, _extension_error = None, error
+    extension, _extension_error, _environment = None, error, os.environ.get
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def resolve(backend: str, device_type: str) -> str:
     available. Raises BackendError when a backend or an instruction set asked for by name cannot run there, InputError when
     there is no such backend.
     """
-    asked = os.environ.get(ENVIRONMENT_VARIABLE) or "auto" if backend == "auto" else backend
+    asked = _environment(ENVIRONMENT_VARIABLE) or "auto" if backend == "auto" else backend
     try:
         return _resolve(asked, device_type)
     except BnfuseError as error:

@@ -310,6 +310,7 @@ def _bn_forward_with_targets(
 def _operators_of(namespace: str) -> SimpleNamespace:
     names = SCHEMAS if namespace == "bnfuse_reference" else FAKES
     found = SimpleNamespace(**{name: getattr(getattr(torch.ops, namespace), name).default for name in names})
+    found.checks_arguments = namespace == "bnfuse_cpp"
     if namespace == "bnfuse_reference":
         # The eager loss is plain differentiable PyTorch, second order included: no operator need be made of it.
         found.bn_loss, found.bn_forward_with_targets = reference.bn_loss, _bn_forward_with_targets
@@ -369,8 +370,7 @@ def bn_act(
     InputError : a dtype, shape or device that does not fit
     BackendError : a backend asked for by name that cannot run on x's device
     """
-    run = operators(backend, x.device.type).bn_forward
-    return _run_site(run, x, residual, scale, shift, group_starts, act, slope)[:3]
+    return _run_site("bn_forward", backend, x, residual, scale, shift, group_starts, act, slope)[:3]
 
 
 def bn_act_loss(
@@ -414,29 +414,38 @@ def bn_act_loss(
     ------
     As `bn_act`, and InputError for an unknown distance, targets that do not fit or an x without channels
     """
-    _check_channels("x", x)
+    if not x.numel():
+        _check_channels("x", x)
     if isinstance(weight, Tensor):
         _check_constants(weight=weight)
-    run = operators(backend, x.device.type).bn_forward_with_targets
     targets = target_mean, target_var, classes, weight
     options = distance, use_std, eps, slack, mean_weight, var_weight
-    y, mean, var, _, loss, *_ = _run_site(run, x, residual, scale, shift, group_starts, act, slope, targets, options)
+    y, mean, var, _, loss, *_ = _run_site(
+        "bn_forward_with_targets", backend, x, residual, scale, shift, group_starts, act, slope, targets, options
+    )
     return y, loss, mean, var
 
 
-def _run_site(run, x, residual, scale, shift, group_starts, act, slope, targets=(), options=()) -> tuple[Tensor, ...]:
-    """The operator, its arguments checked. A compiled one checks them itself, faster than Python: where it refuses, and where
-    it is not sure that it will, the checks here say in bnfuse's own words what is wrong."""
-    compiled = isinstance(run, torch._ops.OpOverload) and run.namespace == "bnfuse_cpp" and not torch.compiler.is_compiling()
-    same_layout = residual is None or (residual.shape == x.shape and residual.stride() == x.stride())
-    if compiled and group_starts is not None and same_layout and _is_dense(x):
+def _run_site(name, backend, x, residual, scale, shift, group_starts, act, slope, targets=(), options=()) -> tuple[Tensor, ...]:
+    """The operator of this name, its arguments checked and brought into a layout that it takes.
+
+    A compiled one sees for itself whether they are fit, and most are. What it refuses comes to the checks here, which take
+    longer than the kernel of a small site: they say in bnfuse's own words what is wrong, or copy what has another layout.
+    """
+    found = operators(backend, x.device.type)
+    run = getattr(found, name)
+    if group_starts is not None and _is_checked_by(found, x):
         try:
             return run(x, residual, scale, shift, group_starts, *targets, act, slope, *options)
         except RuntimeError:
-            _check_site(x, residual, scale, shift, group_starts, act, targets, options)
-            raise
+            pass  # whatever it is, it is found below, or comes again
     x, residual, group_starts = _check_site(x, residual, scale, shift, group_starts, act, targets, options)
     return run(x, residual, scale.contiguous(), shift.contiguous(), group_starts, *targets, act, slope, *options)
+
+
+def _is_checked_by(found: SimpleNamespace, x: Tensor) -> bool:
+    """Whether these operators refuse what does not fit x: the compiled ones do, where they run and are not traced."""
+    return found.checks_arguments and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
 def _check_site(x, residual, scale, shift, group_starts, act, targets, options) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -519,11 +528,17 @@ def bn_act_unchecked(
     x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, group_starts: Tensor, act: str, slope: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`bn_act` for a caller that has checked its arguments: x's and the residual's layouts alone are seen to."""
+    found = operators(backend, x.device.type)
+    if _is_checked_by(found, x):
+        try:
+            return found.bn_forward(x, residual, scale, shift, group_starts, act, slope)[:3]
+        except RuntimeError:
+            pass  # another layout, or it comes again
     if not _is_dense(x):
         x = x.contiguous()
     if residual is not None:
         residual = _match_layout(residual, x)
-    return operators(backend, x.device.type).bn_forward(x, residual, scale, shift, group_starts, act, slope)[:3]
+    return found.bn_forward(x, residual, scale, shift, group_starts, act, slope)[:3]
 
 
 def group_moments(x: Tensor, group_starts: Tensor | None = None, *, backend: str = "auto") -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -37,6 +39,11 @@ std::vector<std::string> cuda_architectures() {
 #endif
 }
 
+std::optional<std::string> environment(const char* name) {
+  const char* const value = std::getenv(name);
+  return value ? std::optional<std::string>(value) : std::nullopt;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -48,6 +55,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("instruction_sets", &instruction_sets, "The instruction sets that were built, fastest first.");
   module.def("cuda_architectures", &cuda_architectures,
              "The CUDA architectures that were built, such as sm_90; none where the kernels are for the CPU alone.");
+  module.def("environment", &environment, "A variable of the process's environment, as it is now; None where there is none.");
   module.def("empty_pool", &bnfuse::empty_pool, "Gives the memory kept for activations back to the system.");
   module.def("poison_pool", &bnfuse::poison_pool, "Whether memory for activations is filled with NaN first, for tests.");
   module.def(

@@ -215,6 +215,22 @@ def test_nothing_in_nothing_out(shape, backend):
     assert not mean.any() and not var.any()
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("layouts", [("contiguous", "channels_last"), ("channels_last", "sliced"), ("sliced", "contiguous")])
+def test_what_the_operator_refuses_for_its_layout_is_copied(layouts, backend):
+    case = make_case((4, 6, 5, 5), groups=[1, 3], residual=True)
+    x, residual = in_layout(case.x, layouts[0]), in_layout(case.residual, layouts[1])
+    expected = case.double().run("reference")[:3]
+    checked = ops.bn_act(
+        x, case.scale, case.shift, group_starts=case.group_starts, residual=residual, act=case.act, backend=backend
+    )
+    unchecked = ops.bn_act_unchecked(x, residual, case.scale, case.shift, case.group_starts, case.act, SLOPE, backend)
+    for actual in (checked, unchecked):
+        assert_elements_close(actual[0], expected[0], torch.float32)
+        for moments, right in zip(actual[1:], expected[1:]):
+            assert_moments_close(moments, right, torch.float32)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("given", ["y", "mean", "var"])
 def test_gradients_through_one_output_alone(layout, given):
