@@ -30,7 +30,7 @@ try:
     from . import _C as extension
 
     _extension_error = None
-    _environment = extension.environment  # in a fifth of os.environ's time, which a call of a small site would notice
+    _environment = extension.environment  # faster than os.environ, which a call of a small site would notice
 except ImportError as error:
     extension, _extension_error, _environment = None, error, os.environ.get
 

@@ -414,8 +414,7 @@ def bn_act_loss(
     ------
     As `bn_act`, and InputError for an unknown distance, targets that do not fit or an x without channels
     """
-    if not x.numel():
-        _check_channels("x", x)
+    _check_channels("x", x)
     if isinstance(weight, Tensor):
         _check_constants(weight=weight)
     targets = target_mean, target_var, classes, weight
@@ -434,18 +433,23 @@ def _run_site(name, backend, x, residual, scale, shift, group_starts, act, slope
     """
     found = operators(backend, x.device.type)
     run = getattr(found, name)
-    if group_starts is not None and _is_checked_by(found, x):
-        try:
-            return run(x, residual, scale, shift, group_starts, *targets, act, slope, *options)
-        except RuntimeError:
-            pass  # whatever it is, it is found below, or comes again
+    if group_starts is not None:
+        outputs = _run_if_fit(found, run, x, residual, scale, shift, group_starts, *targets, act, slope, *options)
+        if outputs is not None:
+            return outputs
     x, residual, group_starts = _check_site(x, residual, scale, shift, group_starts, act, targets, options)
     return run(x, residual, scale.contiguous(), shift.contiguous(), group_starts, *targets, act, slope, *options)
 
 
-def _is_checked_by(found: SimpleNamespace, x: Tensor) -> bool:
-    """Whether these operators refuse what does not fit x: the compiled ones do, where they run and are not traced."""
-    return found.checks_arguments and type(x) is Tensor and not torch.compiler.is_compiling()
+def _run_if_fit(found: SimpleNamespace, run, x: Tensor, *arguments) -> tuple[Tensor, ...] | None:
+    """What an operator of `found` returns; None where it refuses its arguments, or cannot be relied on to see that they are
+    unfit: the compiled ones can, where they run and are not traced."""
+    if found.checks_arguments and type(x) is Tensor and not torch.compiler.is_compiling():
+        try:
+            return run(x, *arguments)
+        except RuntimeError:
+            pass  # whatever it is, the caller finds it, or it comes again when the operator is run on what the caller mended
+    return None
 
 
 def _check_site(x, residual, scale, shift, group_starts, act, targets, options) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -529,16 +533,12 @@ def bn_act_unchecked(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`bn_act` for a caller that has checked its arguments: x's and the residual's layouts alone are seen to."""
     found = operators(backend, x.device.type)
-    if _is_checked_by(found, x):
-        try:
-            return found.bn_forward(x, residual, scale, shift, group_starts, act, slope)[:3]
-        except RuntimeError:
-            pass  # another layout, or it comes again
-    if not _is_dense(x):
-        x = x.contiguous()
-    if residual is not None:
-        residual = _match_layout(residual, x)
-    return found.bn_forward(x, residual, scale, shift, group_starts, act, slope)[:3]
+    outputs = _run_if_fit(found, found.bn_forward, x, residual, scale, shift, group_starts, act, slope)
+    if outputs is None:
+        x = x if _is_dense(x) else x.contiguous()
+        residual = None if residual is None else _match_layout(residual, x)
+        outputs = found.bn_forward(x, residual, scale, shift, group_starts, act, slope)
+    return outputs[:3]
 
 
 def group_moments(x: Tensor, group_starts: Tensor | None = None, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
