@@ -99,12 +99,14 @@ def main() -> int:
         fidelity_page.write_report()
         recipes_page.write_page()
         return 0
+    problem = PROBLEMS[args.problem]
+    if not problem.heldout and (args.command == "ablations" or args.split == "heldout"):
+        parser.error(f"nothing of {problem.name} is held out to choose by: measure its curves and students with --split test")
     cases = chosen(args)
     if args.list:
         print(listing(cases, args.split))
         return 0
     torch.set_num_threads(args.threads)
-    problem = PROBLEMS[args.problem]
     workshop = Workshop(problem, args.runs / problem.name, args.device)
     command = f"python benchmarks/fidelity.py {args.command} {args.problem} --split {args.split}"
     try:

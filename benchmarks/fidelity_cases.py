@@ -43,11 +43,12 @@ class Problem:
     name, title : in results; on the page
     recipe : the shipped recipe that `curves` measures, and whose training all students have, but for its epochs
     train, test : datasets; {data} is the folder that BNFUSE_DATA names
-    heldout : images of each class of `train` that are kept out of everything, to choose by
+    heldout : images of each class of `train` that are kept out of everything, to choose by; 0, and nothing is chosen on it
     teacher : the network; weights : its file in {data}, or None, and it learns here from what is not held out
     teacher_training : fields of `TrainConfig` for that, and for the further teachers of an ablation
     student : the network of the curves
     steps : images of each class → optimiser steps of a student; None → those of one that has all real images
+    batches : fields of `SynthesisConfig` in which its curves part with the recipe: which images are optimised together
     """
 
     name: str
@@ -61,6 +62,7 @@ class Problem:
     teacher_training: dict
     student: str
     steps: dict[int | None, int]
+    batches: dict = field(default_factory=dict)
 
     @property
     def ipcs(self) -> list[int]:
@@ -94,12 +96,13 @@ PROBLEMS = {
             recipe="cifar10",
             train="{data}/cifar10_jpeg_bytes.npz:train",
             test="{data}/cifar10_jpeg_bytes.npz:test",
-            heldout=500,
+            heldout=0,
             teacher="resnet18",
             weights=None,
             teacher_training={"epochs": 30, "batch_size": 256, "lr": 0.003, "shift": 4, "flip": True},
             student="resnet18",
-            steps={50: 4000, 500: 8000, 4000: 20000, None: 20000},
+            steps={50: 4000, 500: 8000, 5000: 20000},  # as many as there are real ones
+            batches={"batch_size": 500, "classes_per_batch": 10},  # fifty of each class, which fill a GPU
         ),
         Problem(
             name="digits",
@@ -242,12 +245,14 @@ CROSS_STUDENTS = ("convnet3", "wide_resnet20")
 
 
 def curves(problem: Problem) -> list[Case]:
-    """Every rung of the ladder at every number of images; the first seed of everything first."""
+    """Every rung of the ladder at every number of images; the first seed of everything first. Without a number of steps for all
+    real images there is no rung of them."""
     return [
         _case(problem, source, variant, labels, ipc, problem.student, seed, images=max(problem.ipcs))
         for seed in range(SEEDS)
         for source, variant, labels in LADDER
         for ipc in ([None] if source == "all_real" else sorted(problem.ipcs, reverse=True))
+        if ipc in problem.steps
     ]
 
 
@@ -283,7 +288,8 @@ def _case(problem: Problem, source, variant: str | None, labels, ipc, student, s
     """With the shipped recipe; `images` of each class are made where the source is synthetic."""
     recipe, made = RECIPES[problem.recipe], None
     if variant is not None:
-        synthesis = _without(recipe.synthesis, "images_per_class") | ({"targets": "global"} if variant == "global" else {})
+        synthesis = _without(recipe.synthesis, "images_per_class") | problem.batches
+        synthesis |= {"targets": "global"} if variant == "global" else {}
         made = ImageSet(variant, synthesis, images, teachers=recipe.more_teachers)
     training = _without(recipe.training, "model", "epochs")
     return Case(problem, source, labels, ipc, student, training, seed, made)

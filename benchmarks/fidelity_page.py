@@ -192,9 +192,11 @@ def _about(problem: Problem, rungs: dict[Rung, Seeds], split: str) -> str:
     more = RECIPES[problem.recipe].more_teachers
     further = f", of the synthesis {' and '.join(more)} too" if more else ""
     teacher = f"teacher {problem.teacher} ({first['teacher_accuracy']:.1%}){further}"
+    batches = f" with `{flags(problem.batches)}`" if problem.batches else ""
     return (
         f"Per cent of {first['tested']:,} {SPLITS[split]}; {teacher}, "
-        f"student {problem.student} from scratch, recipe `{problem.recipe}`. {averaged}, and in brackets the 95 % interval. "
+        f"student {problem.student} from scratch, recipe `{problem.recipe}`{batches}. "
+        f"{averaged}, and in brackets the 95 % interval. "
         f"Steps of a student at images of each class: {steps}. {_where(rungs)}"
     )
 

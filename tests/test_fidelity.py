@@ -103,6 +103,15 @@ def test_students_of_one_set_see_its_first_images(workshop):
     assert not workshop.images(case("real", seed=1))[0].images.equal(workshop.images(case("real", seed=2))[0].images)
 
 
+def test_with_nothing_held_out_all_is_learnt_from(tmp_path, kept):
+    whole = fidelity_runs._load(TINY.train)
+    problem = replace(TINY, heldout=0, steps={4: 3}, batches={"batch_size": 20, "classes_per_batch": 10})
+    workshop = fidelity_runs.Workshop(problem, tmp_path, CPU)
+    assert workshop.real.images.equal(whole.images) and workshop.real.labels.equal(whole.labels)
+    curves = fidelity_cases.curves(problem)
+    assert {each.source for each in curves} == {"real", "synthetic", "noise"} and {each.ipc for each in curves} == {4}
+
+
 def test_what_is_held_out_is_in_nothing_else(workshop):
     whole = fidelity_runs._load(TINY.train)
     heldout, real = workshop.judged("heldout"), workshop.real
@@ -315,6 +324,24 @@ def test_the_command_line_chooses_cases(kept, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["fidelity.py", "ablations", "--list", "--only", "base", "nonsense"])
     with pytest.raises(SystemExit, match="--only nonsense: choose of base, global targets"):
         fidelity.main()
+
+
+def test_nothing_is_chosen_where_nothing_is_held_out(kept, monkeypatch, capsys):
+    for line in ("curves cifar10_jpeg", "ablations cifar10_jpeg --split test"):
+        monkeypatch.setattr(sys, "argv", ["fidelity.py", *line.split()])
+        with pytest.raises(SystemExit) as stopped:
+            fidelity.main()
+        assert stopped.value.code == 2 and "nothing of cifar10_jpeg is held out to choose by" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", "fidelity.py curves cifar10_jpeg --split test --list --seeds 1 --only real".split())
+    assert fidelity.main() == 0 and "resnet18 on real, hard labels, 5000 a class, seed 0" in capsys.readouterr().out
+
+
+def test_the_curves_of_a_problem_have_its_batches():
+    made = [each.made for each in fidelity_cases.curves(PROBLEMS["cifar10_jpeg"]) if each.made]
+    batches = {(each.images, each.synthesis["batch_size"], each.synthesis["classes_per_batch"]) for each in made}
+    assert batches == {(5000, 500, 10)}
+    recipes = {each.made.synthesis["batch_size"] for each in fidelity_cases.curves(PROBLEMS["cifar10"]) if each.made}
+    assert recipes == {RECIPES["cifar10"].synthesis["batch_size"]}
 
 
 # ---- the page ----
