@@ -77,13 +77,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def lock(descriptor: int, taken: str) -> bool:
+def lock(descriptor: int, taken: str | None) -> bool:
     """Locks an open file against other processes until it is closed, or this process ends; False where there are no locks.
 
-    InputError with the message `taken` where another process has it, OSError where locking fails.
+    Where another process has it, InputError with the message `taken`, or without one waits for it. OSError where locking fails.
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if taken is None else fcntl.LOCK_NB))
     except BlockingIOError as error:
         raise InputError(taken) from error
     except OSError as error:
@@ -102,6 +102,21 @@ def locked_folder(folder: Path, taken: str) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         lock(descriptor, taken)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def turns_at(path: Path) -> Iterator[None]:
+    """Of all processes and threads that read and then write `path`, one at a time is in the block; the others wait.
+
+    Leaves an empty file ``.NAME.lock`` beside it. A file system without locks lets all in.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        lock(descriptor, None)
         yield
     finally:
         os.close(descriptor)

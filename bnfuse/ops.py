@@ -590,7 +590,7 @@ def bn_loss(
 
     Raises
     ------
-    InputError : an unknown distance, or a site without channels; shapes, dtypes, devices or classes that do not fit
+    InputError : an unknown distance, no groups, or a site without channels; shapes, dtypes, devices or classes that do not fit
     """
     if distance in reference.EAGER_DISTANCES:
         backend = "reference"
@@ -603,6 +603,8 @@ def bn_loss(
     if not mean:
         raise InputError("bn_loss needs the moments of at least one site, got none")
     _check_channels("the mean of every site", *mean)
+    if mean[0].shape[:1] == (0,):
+        raise InputError("the loss is a mean over groups, and these are moments of none: pass those of at least one")
     backend = backends.resolve(backend, mean[0].device.type)
     run = OPERATORS[backend].bn_loss
     arguments = list(mean), list(var), target_mean, target_var, classes, site_weights

@@ -28,7 +28,7 @@ import torch
 import triton
 
 from bnfuse.errors import InputError
-from bnfuse.files import write_atomically
+from bnfuse.files import turns_at, write_atomically
 
 from .boundary import INTERPRETED, Walk, current
 
@@ -260,13 +260,18 @@ def _measured(kernel: str, walk: Walk, run: Callable[[Config], object]) -> Confi
             return heuristic(kernel, walk)
         if stored is None:
             times = {config: measure(run, config) for config in candidates(kernel, walk)}
-            stored = asdict(min(times, key=times.get))
-            # Read anew: another process may have written in the meantime, and what it found first is what all of them take.
-            content = _read(key[0])
-            stored = content.setdefault(key[1], {}).setdefault(key[2], stored)
-            write_atomically(key[0], json.dumps(content, indent=1, ensure_ascii=False).encode())
+            stored = _keep(*key, asdict(min(times, key=times.get)))
         _winners[key] = Config(**stored)
     return _winners[key]
+
+
+def _keep(path: Path, machine: str, shapes: str, winner: dict) -> dict:
+    """Adds a winner to the file; what another process found first is what all of them take."""
+    with turns_at(path):
+        content = _read(path)
+        winner = content.setdefault(machine, {}).setdefault(shapes, winner)
+        write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False).encode())
+    return winner
 
 
 def _read(path: Path) -> dict:

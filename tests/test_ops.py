@@ -583,6 +583,14 @@ def test_nothing_without_channels_is_held_against_targets(backend):
             ops.bn_loss(sites, sites, targets, targets, torch.ones(len(sites)), backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("classes", [None, torch.zeros(0, dtype=torch.int64)])
+def test_of_no_groups_there_is_no_loss(backend, classes):
+    none, targets = [torch.ones(0, 2)], torch.ones(1 if classes is None else 3, 2)
+    with pytest.raises(InputError, match="these are moments of none: pass those of at least one"):
+        ops.bn_loss(none, none, targets, targets, torch.ones(1), classes=classes, backend=backend)
+
+
 def test_a_backend_that_cannot_run_on_the_device_is_an_error():
     with pytest.raises(BackendError, match="'cpp' was asked for a tensor on 'cuda' but runs on cpu"):
         backends.resolve("cpp", "cuda")

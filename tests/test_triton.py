@@ -9,6 +9,8 @@ import contextlib
 import json
 import math
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -778,6 +780,21 @@ def test_what_another_process_found_first_is_taken(autotuned, monkeypatch):
     monkeypatch.setattr(tuning, "measure", measure)
     assert tuning.choose("forward_rows", walk(), None) == found
     assert json.loads(tuning.cache_path().read_text()).popitem()[1].popitem()[1] == asdict(found)
+
+
+def test_of_those_that_write_at_one_moment_the_first_decides_and_nothing_is_lost(tmp_path, monkeypatch):
+    path, read = tmp_path / "folder" / "triton.json", tuning._read
+
+    def slowly(path):
+        content = read(path)
+        time.sleep(0.02)  # long enough for all others to have read the same
+        return content
+
+    monkeypatch.setattr(tuning, "_read", slowly)
+    with ThreadPoolExecutor(8) as pool:  # each opens the lock for itself, as processes do
+        taken = list(pool.map(lambda i: tuning._keep(path, "GPU", f"class {i % 4}", {"rows": i}), range(8)))
+    content = read(path)["GPU"]
+    assert len(content) == 4 and taken == [content[f"class {i % 4}"] for i in range(8)]
 
 
 def test_what_is_measured_runs_on_the_device_of_x(autotuned, monkeypatch):
