@@ -50,8 +50,9 @@ gpu:  ## builds the CUDA kernels in place, runs the GPU tests, then the benchmar
 	BNFUSE_RESULTS=$(OUT) $(GPU_BENCH) --dtype float32 --networks resnet50 resnet18 --compile-for || failed=1; \
 	$(GPU_PYTHON) benchmarks/report.py --gpu $(OUT) --since $$began || failed=1; rm $$began; exit $$failed
 
-bench-demo: install  ## the rate of the demo's synthesis with the compiled kernels over the eager reference
+bench-demo: install  ## the rate of the demo's synthesis with the compiled kernels over the eager reference, into the README
 	$(BIN)/python benchmarks/synthesis_rate.py
+	$(BIN)/python benchmarks/report.py
 
 install: $(VENV)/.built
 

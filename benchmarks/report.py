@@ -22,7 +22,6 @@ ROOT = Path(__file__).parents[1]
 README, PICTURE = ROOT / "README.md", ROOT / "docs/images/roofline.png"
 GPU_PAGE = ROOT / "docs/gpu.md"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-SMALL_PLANES, SMALL_PLANES_MARKERS = "small_planes", ("<!-- small planes -->", "<!-- /small planes -->")
 SIZES = ((0, 8e6, "less than 8 MB"), (8e6, 32e6, "8 to 32 MB"), (32e6, float("inf"), "more"))  # bytes
 NAMES = {"resnet20": "ResNet-20", "resnet18": "ResNet-18", "resnet50": "ResNet-50", "mobilenet_v2": "MobileNetV2"}
 
@@ -427,9 +426,36 @@ def _circumstances(result: dict, name: str) -> str:
 
 
 def small_planes_block(result: dict) -> str:
-    where = f"{result['processor']}, {result['threads']} thread{'s' * (result['threads'] > 1)}, torch {result['torch']}, "
-    where += f"{result['date']} ([result](benchmarks/results/{SMALL_PLANES}.json))."
-    return f"{where}\n\n{small_planes_table(result)}"
+    return f"{_where(result)} ([result](benchmarks/results/small_planes.json)).\n\n{small_planes_table(result)}"
+
+
+def demo_rate_block(result: dict) -> str:
+    """The steps of the demo's synthesis, as synthesis_rate.py times them."""
+    rates = result["steps_per_second"]
+    rows = [
+        ["ResNet-20, 100 images of 8×8 a step", "steps a second"],
+        ['`backend="cpp"`', f"{rates['cpp']:.1f}"],
+        ['`backend="reference"`, eager PyTorch', f"{rates['reference']:.1f}"],
+        [f"ratio, median of {result['pairs']} pairs", times(result["cpp_over_reference"])],
+    ]
+    return f"{_where(result)} ([result](benchmarks/results/synthesis_rate.json)).\n\n{markdown(rows)}"
+
+
+def _where(result: dict) -> str:
+    threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
+    return f"{result['processor']}, {threads}, torch {result['torch']}, {result['date']}"
+
+
+README_PARTS = {"small_planes": ("small planes", small_planes_block), "synthesis_rate": ("demo rate", demo_rate_block)}
+"""Of the README, a part each: result → name of its markers, and what stands between them."""
+
+
+def with_parts(readme: str) -> str:
+    """The README with every part of which there is a result."""
+    for name, (markers, block) in README_PARTS.items():
+        if (path := RESULTS / f"{name}.json").is_file():
+            readme = with_block(readme, block(json.loads(path.read_text())), f"<!-- {markers} -->", f"<!-- /{markers} -->")
+    return readme
 
 
 def load_results(folder: Path) -> dict[str, dict]:
@@ -449,11 +475,7 @@ def with_block(page: str, block: str, begin: str = BEGIN, end: str = END) -> str
 
 def circumstances(result: dict, name: str) -> str:
     """Machine, versions and command of a result that a page in docs/ shows."""
-    threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
-    return (
-        f"{result['processor']}, {threads}, torch {result['torch']}, {result['date']}; `{result['command']}` "
-        f"([result](../benchmarks/results/{name}.json))."
-    )
+    return f"{_where(result)}; `{result['command']}` ([result](../benchmarks/results/{name}.json))."
 
 
 def write_block(page: Path, name: str, block: str) -> None:
@@ -524,9 +546,7 @@ def main() -> None:
         markers = "<!-- gpu -->", "<!-- /gpu -->"
         wanted[README] = with_block(wanted[README], gpu_block(on_gpu), *markers)
         wanted[GPU_PAGE] = with_block(GPU_PAGE.read_text(), gpu_report(on_gpu).rstrip(), *markers)
-    if (planes := RESULTS / f"{SMALL_PLANES}.json").is_file():
-        block = small_planes_block(json.loads(planes.read_text()))
-        wanted[README] = with_block(wanted[README], block, *SMALL_PLANES_MARKERS)
+    wanted[README] = with_parts(wanted[README])
     if args.check:
         stale = [page.name for page, text in wanted.items() if page.read_text() != text]
         sys.exit(f"not what {RESULTS} has: {', '.join(stale)}; run `python benchmarks/report.py`" if stale else 0)

@@ -1,4 +1,4 @@
-"""The command line: one subcommand for every function of the public API, under the same name.
+"""The command line: a subcommand for each step of the flow, under the name of its function.
 
 Here are the entrance and what makes a synthetic dataset; `cli_dataset` has the subcommands for one that is there, `cli_flags`
 what several share.

@@ -33,7 +33,7 @@ class Matcher(nn.Module):
     ----------
     names : the sites to match, and the order of the tables' columns
     channels : channels of each site; their sum is T
-    target_mean, target_var : [K, T], a row a class, or [1, T] for every group alike; kept in float32 (or float64)
+    target_mean, target_var : [K, T], a row a class, or [1, T] for every group alike; kept in float32
     distance, use_std, eps, slack, mean_weight, var_weight : see `reference.bn_distance`; weights may be negative
     site_weights : by site name, default 1 each (DeepInversion multiplies its first site by 10)
     reduction : "sum" or "mean" over sites

@@ -404,7 +404,8 @@ def bn_act_loss(
     x, scale, shift, group_starts, residual, act, slope, backend : as in `bn_act`
     target_mean, target_var : [K, C], a row a class, or [1, C] for every group alike; in the moments' dtype, without gradient
     classes : int64 [G], each group's row of the targets; not needed where there is one row
-    distance, use_std, eps, slack, mean_weight, var_weight : see `reference.bn_distance`
+    weight : the loss's factor
+    distance : one of `reference.DISTANCES`; use_std, eps, slack, mean_weight, var_weight : see `reference.bn_distance`
 
     Returns
     -------

@@ -224,6 +224,7 @@ def train(
     preprocessing : None takes the size of the images and their mean and std for each channel
     soft_labels : learn the dataset's logits instead of its labels, with the loss T²·KL(softmax(teacher/T) ‖
         softmax(student/T)). An augmented image keeps the logits of the original.
+    labels : what `relabel` wrote of the dataset, learnt likewise. Of views, the network sees those and augments nothing itself
     progress : show a progress bar on stderr, where that is a terminal
     out : a folder for ``model.safetensors`` (see `checkpoints.save_checkpoint`) and ``metrics.json``
     device : None takes the GPU where there is one

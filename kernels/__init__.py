@@ -1,4 +1,5 @@
-"""The Triton kernels of the operators in `bnfuse.ops`: each function has the contract of its namesake in `bnfuse.reference`.
+"""The Triton kernels of the operators in `bnfuse.ops`: each function has the contract of its namesake there or in
+`bnfuse.reference`.
 
     boundary.py     checks of what comes in, and the launch
     tuning.py       how the work is cut
@@ -6,8 +7,9 @@
     forward.py backward.py loss.py          the kernels, each with its launcher
 
 They take CUDA tensors; CPU tensors where TRITON_INTERPRET=1 was set before Triton was imported. No launch waits for the
-device, reads a value on the host or uploads one, so that a CUDA graph may capture any of them, once they are compiled: run a
-step before the capture. The interpreter cuts values to bfloat16, where a GPU rounds them to the nearest.
+device (measuring tiles does, see tuning.py), reads a value on the host or uploads one, so that a CUDA graph may capture any of
+them, once they are compiled: run a step before the capture. The interpreter cuts values to bfloat16, where a GPU rounds them to
+the nearest.
 """
 
 from .backward import bn_backward, bn_backward_, group_moments_backward

@@ -273,10 +273,21 @@ def test_the_slowest_small_planes_are_named():
     shares = [share(7, 3, False, 0.5), share(2, 512, True, 0.25), share(1, 3, False, 0.125), share(56, 3, False, 1.0)]
     table = report.small_planes_table({"share_of_copy_bandwidth": shares})
     assert "| forward, contiguous | 12% (1×1, 3 channels) | 25% (2×2, 512 channels and a residual) | 38% | 100% |" in table
-    kept = json.loads((report.RESULTS / "small_planes.json").read_text())
+
+
+def test_parts_of_the_readme_show_the_results_that_are_kept(monkeypatch, tmp_path):
     readme = report.README.read_text()
-    block = report.small_planes_block(kept)
-    assert readme == report.with_block(readme, block, *report.SMALL_PLANES_MARKERS), "run `python benchmarks/report.py`"
+    assert report.with_parts(readme) == readme, "run `python benchmarks/report.py`"
+    kept = json.loads((report.RESULTS / "synthesis_rate.json").read_text())
+    changed = kept | {"steps_per_second": {"cpp": 1234.5, "reference": 99.0}, "cpp_over_reference": 12.47, "pairs": 77}
+    (tmp_path / "synthesis_rate.json").write_text(json.dumps(changed))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)  # where nothing is kept of the other parts, which stay
+    before, after = readme.splitlines(), report.with_parts(readme).splitlines()
+    assert [line for line in after if line not in before] == [
+        '| `backend="cpp"` | 1234.5 |',
+        '| `backend="reference"`, eager PyTorch | 99.0 |',
+        "| ratio, median of 77 pairs | 12.5× |",
+    ]
 
 
 def test_results_are_read_where_they_are_written(tmp_path):

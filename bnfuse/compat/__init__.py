@@ -5,7 +5,7 @@
     from bnfuse.compat import Recorder                     # DP-ImgSyn: statistics of modules that keep none
     from bnfuse.compat.lpld import …                       # and wmdd, gvbsm, edc, fast_datafree, zeroq
 
-A script changes its import and nothing else, see docs/drop_in.md. `BatchNormHook` is what they have in common.
+A script changes its import, some a second line, see docs/drop_in.md. `BatchNormHook` is what they have in common.
 """
 
 from .batchnorm import BatchNormHook
