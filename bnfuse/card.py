@@ -53,8 +53,11 @@ def read_card(root: Path) -> dict:
     path = root / CARD
     if not root.is_dir():
         raise InputError(f"{root} is not a folder; expected a dataset written by bnfuse")
+    if not path.exists():
+        raise InputError(f"{root} holds no {CARD}; expected a dataset written by bnfuse")
+    content = read_bytes(path)
     try:
-        card = json.loads(read_bytes(path))
+        card = json.loads(content)
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}). Restore it from a copy, or make the dataset again") from error
     if not isinstance(card, dict) or card.get("format") != FORMAT:

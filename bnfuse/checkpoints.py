@@ -57,9 +57,8 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
             state = state[wrapper]
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path} holds no state dict: expected names and tensors, also under 'state_dict' or 'model'")
-    for prefix in ("module.", "_orig_mod."):
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    while prefix := next((p for p in ("module.", "_orig_mod.") if all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 
@@ -149,5 +148,7 @@ def read_facts(path: str | os.PathLike) -> WeightFacts | None:
             class_names=None if names is None else [str(name) for name in names],
             architecture=str(about["architecture"]),
         )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"the metadata of {path} is damaged: {type(error).__name__}: {error}") from error

@@ -19,7 +19,7 @@ from . import __version__, presets, recipes
 from . import cli_flags as flags
 from .cli_dataset import add_audit, add_export, add_relabel, add_verify
 from .configs import add_flags, given_flags
-from .datasets import as_spec, load_dataset
+from .datasets import as_spec, class_counts, load_dataset
 from .demo import run_demo
 from .distributed import OtherRankFailed, rank
 from .doctor import report
@@ -32,9 +32,10 @@ from .models import SPEC_GRAMMAR, Teacher, load_teacher
 from .plans import SynthesisConfig
 from .recipes import recipe
 from .sites import SITE_GRAMMAR
-from .statistics import MINIMUM_IMAGES, ClassStatistics, record
+from .statistics import MINIMUM_IMAGES, ClassStatistics, check_images_of_classes, record
+from .statistics_file import check_replaceable
 from .synthesis import synthesize
-from .training import TrainConfig, train
+from .training import TrainConfig, labels_learnt, refuse_other_network, train
 from .units import outputs_asked, recognised
 
 
@@ -73,7 +74,10 @@ def main(argv: list[str] | None = None) -> int:
         say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        say("stopped; the same command goes on with what is not done yet")
+        rest = "the same command goes on with what is not done yet"
+        if args.command in ("train", "record"):
+            rest = "nothing of it is kept, and the same command begins anew"
+        say(f"stopped; {rest}")
         return 130
 
 
@@ -103,7 +107,13 @@ def _add_train(commands) -> None:
     )
     parser.add_argument("--data", required=True, metavar="DATASET", help="the images to train on")
     parser.add_argument("--test", metavar="DATASET", help="real images of the same classes to test on")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for model.safetensors and metrics.json")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder for model.safetensors and metrics.json; one with the network of another training is refused",
+    )
     parser.add_argument("--soft-labels", action="store_true", help="learn the stored logits: --labels soft")
     parser.add_argument(
         "--labels",
@@ -133,6 +143,7 @@ def _train(args) -> None:
         if args.test is None
         else load_dataset(args.test, image_size=flags.size(args), channels=flags.channels(args), download=args.download)
     )
+    refuse_other_network(args.out, config, data, labels_learnt(which == "soft", labels))
     result = train(
         data,
         config,
@@ -226,6 +237,7 @@ def _add_record(commands) -> None:
 
 def _record(args) -> None:
     check_place(args.out)
+    check_replaceable(args.out)
     if args.workers < 0:
         raise InputError(f"--workers must be at least 0, got {args.workers}")
     teacher = flags.load_teacher(args)
@@ -237,6 +249,8 @@ def _record(args) -> None:
     )
     if args.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
+    if args.subclasses == 1 and args.class_variance == "pooled":  # before the pass, where that is known
+        check_images_of_classes(class_counts(data), data.class_names, args.minimum_images, args.allow_few_images)
     order = index_batches(args.class_variance, data.labels, args.batch_size, args.seed)
     statistics = record(
         teacher,

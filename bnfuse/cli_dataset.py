@@ -15,8 +15,8 @@ from .datasets import as_spec, load_dataset
 from .errors import InputError
 from .estimate import readable_bytes
 from .exporting import FORMATS, export
-from .labels import LABELS, RELABEL
-from .manifest import inspect, some
+from .labels import LABELS, RELABEL, is_labels, label_problems
+from .manifest import inspect, is_store, some
 from .models import SPEC_GRAMMAR
 from .relabelling import RelabelConfig, relabel
 from .repair import repair
@@ -56,6 +56,11 @@ def add_audit(commands) -> None:
 
 
 def _audit(args) -> None:
+    if is_store(args.private) and not is_store(args.synthetic):
+        raise InputError(
+            f"--private {args.private} was made by bnfuse, and --synthetic {args.synthetic} was not: exchange them, or nothing "
+            "would be said of what is to be published"
+        )
     teacher = None if args.teacher is None else flags.load_teacher(args)
     size, channels = flags.size(args), flags.channels(args)
     if teacher is not None:
@@ -90,11 +95,14 @@ def add_verify(commands) -> None:
         commands,
         "verify",
         _verify,
-        "Hold every file of a synthetic dataset against its hash; make again what is damaged.",
+        "Hold every file of a synthetic dataset, and of its labels, against its hash; make again what is damaged.",
         SPEC_GRAMMAR,
     )
     parser.add_argument(
-        "data", type=Path, metavar="DIR", help="the dataset, finished or not; exit status 1 if anything is wrong"
+        "data",
+        type=Path,
+        metavar="DIR",
+        help="the dataset, finished or not, or a folder of labels; exit status 1 if anything is wrong",
     )
     parser.add_argument(
         "--repair",
@@ -116,7 +124,10 @@ def _verify(args) -> int:
     if args.repair and args.teacher is None:
         raise InputError("--repair makes images again: give the --teacher and --statistics that the dataset was made from")
     if not args.repair:
-        problems = inspect(args.data, progress=True).problems
+        problems = [] if is_labels(args.data) else inspect(args.data, progress=True).problems
+        for labels in (args.data, args.data / RELABEL):
+            if is_labels(labels):
+                problems += label_problems(labels)
         print("\n".join(problems) or f"{args.data}: every file is as it was written, and nothing is missing")
         return bool(problems)
     statistics = None if args.statistics is None else ClassStatistics.load(args.statistics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import numbers
 import re
 import types
 import typing
@@ -20,6 +21,23 @@ def check_whole(config, least: dict[str, int]) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
             raise InputError(f"{name} must be an integer of at least {lowest}, got {value!r}")
+
+
+def check_kinds(config) -> None:
+    """InputError unless every field that is a bool, a float or a tuple of floats is one; whole numbers are floats too."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name, None)
+        if kind is bool and not isinstance(value, bool):
+            raise InputError(f"{name} must be True or False, got {value!r}")
+        if kind is float and not _is_number(value):
+            raise InputError(f"{name} must be a number, got {value!r}")
+        if float in typing.get_args(kind) and typing.get_origin(kind) is tuple:
+            if not isinstance(value, (tuple, list)) or not all(map(_is_number, value)):
+                raise InputError(f"{name} must be a tuple of numbers, got {value!r}")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type[Config]) -> None:

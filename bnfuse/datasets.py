@@ -8,6 +8,7 @@ images are handed out as pixels in [0, 1]. Normalisation is not done here (`prep
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -20,9 +21,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .arrays import CIFAR10_CLASSES, cifar10, digits, names, read_npz, require
+from .card import CARD
 from .decoding import GREY_MODES, IMAGE_SUFFIXES, EncodedBytes, fitted, header, image_files, opened
 from .errors import InputError
-from .manifest import is_store, read_store
+from .manifest import IMAGES, MANIFEST, is_store, read_store
 
 SPEC_GRAMMAR = """\
 digits[:train|:test]     scikit-learn's handwritten digits: 1,797 grey scans of 8x8 pixels; train is 80 % of each class
@@ -36,6 +38,8 @@ A folder or file that is called like a built-in dataset is written with a path: 
 
 
 _BUILT_IN = ("digits", "cifar10")
+_NOT_CLASSES = {"train", "val", "valid", "validation", "test", IMAGES}  # as folders that hold the class folders are called
+_MOST_CLASSES = 2**16  # that are counted up to the largest label, where there are fewer images
 
 
 def as_spec(path: Path) -> str:
@@ -44,7 +48,7 @@ def as_spec(path: Path) -> str:
 
 
 def load_dataset(
-    spec: str,
+    spec: str | os.PathLike,
     *,
     image_size: tuple[int, int] | None = None,
     channels: int | None = None,
@@ -75,6 +79,7 @@ def load_dataset(
         images differ in size and no image_size is given.
     """
     _check_options(image_size, channels)
+    spec = os.fspath(spec)
     if not spec:
         raise InputError(f"the name of a dataset is empty; expected one of\n{SPEC_GRAMMAR}")
     name, _, split = spec.partition(":")
@@ -122,6 +127,11 @@ def _load_npz(
         dataset = ArrayDataset(arrays["images"], arrays["labels"], class_names, name=name)
         if not len(dataset):
             raise InputError(f"{path} has no image")
+        if (empty := (class_counts(dataset) == 0).nonzero().flatten().tolist()) and class_names is None:
+            raise InputError(
+                f"{path}: labels run up to {len(dataset.class_names) - 1}, and no image has {', '.join(map(str, empty[:10]))}"
+                f"{' …' if len(empty) > 10 else ''}: number the classes from 0 without gaps, or name all of them in class_names"
+            )
         return _adapted(dataset, image_size, channels, classes)
 
     splits = [key[: -len("_bytes")] for key in arrays if key.endswith("_bytes")]
@@ -141,7 +151,7 @@ def _load_npz(
         raise InputError(f"{path}: {split}_offsets must rise within 0..{len(data)}, the length of {split}_bytes")
     if class_names is None:  # the same for every split of the file
         labels = [_as_integers(arrays[f"{s}_labels"], name) for s in splits if f"{s}_labels" in arrays]
-        class_names = [str(k) for k in range(1 + max(int(part.max(initial=0)) for part in labels))]
+        class_names = _numbered(np.concatenate(labels), name)
     sources = [EncodedBytes(data[a:b], name, i) for i, (a, b) in enumerate(zip(offsets[:-1], offsets[1:]))]
     dataset = EncodedDataset(name, sources, arrays[f"{split}_labels"], class_names, image_size=image_size, channels=channels)
     return dataset if classes is None else dataset.with_classes(classes)
@@ -321,8 +331,7 @@ class ArrayDataset(ImageDataset):
         labels = _as_integers(labels, name)
         if len(labels) != len(images):
             raise InputError(f"{name}: got {len(images)} images and {len(labels)} labels; expected one label an image")
-        if class_names is None:
-            class_names = [str(k) for k in range(int(labels.max()) + 1 if len(labels) else 0)]
+        class_names = _numbered(labels, name) if class_names is None else class_names
         self.images = images if images.ndim == 4 else images[..., None]
         _, height, width, channels = self.images.shape
         super().__init__(name, class_names, labels, (channels, height, width), soft_labels)
@@ -427,6 +436,16 @@ class FolderDataset(EncodedDataset):
             loose = any(path.suffix.lower() in IMAGE_SUFFIXES for path in root.iterdir())
             found = "images, but no folders" if loose else "no folders"
             raise InputError(f"{root} holds {found}; expected a folder of images for each class, as {root}/cat/1.png")
+        if set(folders) <= _NOT_CLASSES and not any(_has_images(root / folder) for folder in folders):
+            if IMAGES in folders and (root / CARD).exists():
+                raise InputError(
+                    f"{root} was made by bnfuse and has lost its {MANIFEST}: restore it from a copy, or with "
+                    "`bnfuse verify --repair`"
+                )
+            raise InputError(
+                f"{root} holds {', '.join(folders)}, which are no classes: name the folder that holds the class folders, as "
+                f"{root / folders[0]}"
+            )
         if classes is not None:
             folders = [folders[k] for k in _class_positions(classes, folders, str(root))]
         files, labels = [], []
@@ -440,6 +459,11 @@ class FolderDataset(EncodedDataset):
             files += found
             labels += [label] * len(found)
         super().__init__(name, files, torch.tensor(labels), folders, image_size=image_size, channels=channels)
+
+
+def _has_images(folder: Path) -> bool:
+    """Directly in it."""
+    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
 
 
 class StoreDataset(EncodedDataset):
@@ -472,6 +496,17 @@ def _class_positions(names: Sequence[str], available: Sequence[str], where: str)
             reason = "more than one class" if name in available else "no class"
             raise InputError(f"{where} has {reason} called {name!r}; it has {shown}")
     return [list(available).index(name) for name in names]
+
+
+def _numbered(labels: np.ndarray, name: str) -> list[str]:
+    """The names "0", "1", … of classes that have none, up to the largest label."""
+    largest = int(labels.max(initial=-1))
+    if largest >= max(len(labels), _MOST_CLASSES):
+        raise InputError(
+            f"{name}: the largest of {len(labels)} labels is {largest}: number the classes from 0 without gaps, or give "
+            "class_names"
+        )
+    return [str(k) for k in range(largest + 1)]
 
 
 def _as_integers(labels: np.ndarray | Tensor | Sequence[int], name: str) -> np.ndarray:

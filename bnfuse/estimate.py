@@ -83,7 +83,8 @@ class Disk:
         about = "at most" if self.is_bound else "about"
         labels = f" and {readable_bytes(self.label_bytes)} of soft labels" if self.label_bytes else ""
         images = readable_bytes(round(self.images * self.image_bytes))
-        return f"{about} {images} of images{labels}; {readable_bytes(self.free)} are free"
+        needed, free = readable_bytes(self.needed), readable_bytes(self.free)
+        return f"{about} {images} of images{labels}, {needed} in whole blocks; {free} are free"
 
 
 def free_bytes(path: str | Path) -> int:

@@ -104,6 +104,8 @@ def export(
         order = torch.randperm(len(entries), generator=torch.Generator().manual_seed(seed))
         entries = [entries[i] for i in order]
     out = Path(out).expanduser().absolute()
+    if contents.root.resolve() in out.resolve().parents:
+        raise InputError(f"{out} lies in the dataset that is exported, {contents.root}: choose another folder")
     bar = tqdm(total=len(entries), desc=f"exporting {format}", unit="img", disable=not progress)
     with bar, _folder_made_whole(out) as folder:
         write(_Samples(contents, entries, bar.update, logits), folder, images_per_shard)

@@ -2,7 +2,8 @@
 
 A folder of labels::
 
-    labels.json                  what they were made from: teacher, images, settings; and whether they are complete
+    labels.json                  what they were made from: teacher, images, settings; whether they are complete, and then the
+                                 sha256 of each file
     0003-00001.safetensors       views of pass 3, some thousand images a file: `index` and `logits` (float16 [n, K]), and what
                                  was drawn, `crops`, `flips`, `mixes`, `partners` (see `views`; a partner is in the same file)
 
@@ -129,13 +130,13 @@ def labels_file(number: int, part: int) -> str:
     return f"{number:04d}-{part:05d}.safetensors"
 
 
-def write_views(path: Path, views: Views, logits: Tensor) -> int:
-    """One file of views with their logits [n, K], whole or not at all; returns its bytes."""
+def write_views(path: Path, views: Views, logits: Tensor) -> str:
+    """One file of views with their logits [n, K], whole or not at all; returns its sha256."""
     drawn = {name: getattr(views, name) for name in _DTYPES if getattr(views, name) is not None}
     tensors = {name: value.to(_DTYPES[name]).contiguous() for name, value in drawn.items()}
     data = safetensors_bytes({**tensors, "logits": logits.to("cpu", torch.float16).contiguous()})
     write_atomically(path, data)
-    return len(data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def is_whole(path: Path, images: int, num_classes: int) -> bool:
@@ -147,6 +148,39 @@ def is_whole(path: Path, images: int, num_classes: int) -> bool:
         return False
 
 
+def is_labels(root: Path) -> bool:
+    """Whether `relabel` wrote into this folder."""
+    return (root / LABELS).is_file()
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, which may be larger than memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def label_problems(root: Path) -> list[str]:
+    """What is wrong with the labels in `root`, a line each: a file that is missing, or no longer what was written."""
+    try:
+        card = read_labels_card(root)
+    except InputError as error:
+        return [str(error)]
+    if not card["complete"]:
+        return [f"{root} is not finished: run the same `bnfuse relabel` again"]
+    if "files" not in card:
+        return [f"{root} has no hashes, for an earlier version wrote it, and cannot be checked: relabel into another folder"]
+    problems = []
+    for name, sha256 in card["files"].items():
+        path = root / name
+        wrong = "is missing" if not path.is_file() else "is not what was written" if sha256_of(path) != sha256 else None
+        if wrong:
+            problems.append(f"{path} {wrong}: remove what is left of it, and run the same `bnfuse relabel` again")
+    return problems
+
+
 def images_digest(entries: list[Entry]) -> str:
     """sha256 over a store's images in the order of its manifest: what labels are held against."""
     return hashlib.sha256("".join(f"{entry.id} {entry.sha256}\n" for entry in entries).encode()).hexdigest()
@@ -154,10 +188,11 @@ def images_digest(entries: list[Entry]) -> str:
 
 def read_labels_card(root: Path) -> dict:
     """What labels.json holds. InputError where there is none, or of another format."""
-    if not (root / LABELS).is_file():
+    if not is_labels(root):
         raise InputError(f"{root} holds no labels: make them with `bnfuse relabel`")
+    content = read_bytes(root / LABELS)
     try:
-        card = json.loads(read_bytes(root / LABELS))
+        card = json.loads(content)
     except ValueError as error:
         raise InputError(f"{root / LABELS} is not JSON ({error}): delete {root} and relabel") from error
     if not isinstance(card, dict) or (card.get("format"), card.get("format_version")) != (FORMAT, FORMAT_VERSION):

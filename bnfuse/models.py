@@ -153,12 +153,12 @@ def load_teacher(
     else:
         known = WeightFacts()
 
+    kind, _ = _parse_spec(spec)
     preprocessing = preprocessing or known.preprocessing or default_preprocessing
     if preprocessing is None:
         raise InputError(f"what images {spec} expects is not known from its weights: {PREPROCESSING_FLAGS}")
     if image_size is not None:
         preprocessing = replace(preprocessing, image_size=image_size)
-    kind, _ = _parse_spec(spec)
     num_classes = num_classes or known.num_classes
     if num_classes is None and kind == "bnfuse" and _is_file(weights):
         num_classes = read_weights(weights).get("linear.weight", torch.empty(1)).shape[0]
@@ -343,7 +343,19 @@ def build_model(spec: str, num_classes: int | None, in_channels: int = 3, pretra
         model = CifarResNet(int(name.removeprefix("resnet")), num_classes, in_channels)
     if weights_file:
         load_state(model, read_weights(weights_file), spec, weights_file)
+    _check_parameters(model, spec)
     return model
+
+
+def _check_parameters(model: nn.Module, spec: str) -> None:
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise InputError(f"{spec}: {name} is lazy, without a shape yet: run the network on one batch before it is returned")
+        if parameter.dtype != torch.float32:
+            raise InputError(
+                f"{spec}: {name} is {parameter.dtype}, expected torch.float32: return model.float(); images and statistics are "
+                "float32, and what is faster is a matter of --precision"
+            )
 
 
 def _parse_spec(spec: str) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from itertools import islice
 
 from . import priors
 from .augment import Augmentation
-from .configs import check_whole
+from .configs import check_kinds, check_whole
 from .ensemble import TEACHER_PLANS, Committee
 from .errors import InputError
 from .matching_config import MatchingConfig
@@ -118,6 +118,7 @@ class SynthesisConfig(MatchingConfig):
     recipe: str | None = None
 
     def __post_init__(self):
+        check_kinds(self)
         super().__post_init__()
         whole = ("images_per_class", "batch_size", "classes_per_batch", "iterations", "teachers_drawn")
         check_whole(self, dict.fromkeys(whole, 1))

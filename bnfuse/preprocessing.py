@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -33,8 +34,12 @@ class Preprocessing:
             raise InputError(f"image_size must be (height, width), two positive integers, got {self.image_size}")
         if len(self.mean) != len(self.std) or not self.mean:
             raise InputError(f"mean and std need one value a channel each, got {len(self.mean)} and {len(self.std)}")
-        if min(self.std) <= 0:
-            raise InputError(f"std must be positive, got {self.std}")
+        if not all(0 <= value <= 1 for value in self.mean):
+            raise InputError(
+                f"mean must be of pixels in [0, 1], got {self.mean}; of pixels in 0..255, divide mean and std by 255"
+            )
+        if not all(0 < value < math.inf for value in self.std):
+            raise InputError(f"std must be positive and finite, got {self.std}")
 
     @property
     def channels(self) -> int:

@@ -34,6 +34,7 @@ from .labels import (
     is_whole,
     labels_file,
     read_labels_card,
+    sha256_of,
     write_views,
 )
 from .manifest import files_in, read_store
@@ -146,7 +147,7 @@ def relabel(
     with locked_folder(out, f"another process is relabelling into {out}: wait until it ends, or choose another --out"):
         for left in filter(is_temporary, files_in(out)):  # by a killed process
             left.unlink()
-        complete = _is_complete(out, card)
+        complete, hashes = _state(out, card)
         files = _plan(config, len(contents.entries))
         missing = [file for file in files if not is_whole(out / file.name, file.images, len(names))]
         made, total = (sum(file.images for file in some) for some in (missing, files))
@@ -167,23 +168,27 @@ def relabel(
                     for file in files_of_pass:
                         shown = {b: batches[b] for b in range(file.first, file.last)}
                         views, logits = _labelled(number, shown, source, teacher, columns, config, bar.update)
-                        write_views(out / file.name, views, logits)
-        if not complete:
-            write_atomically(out / LABELS, card_bytes({**card, "complete": True}))
+                        hashes[file.name] = write_views(out / file.name, views, logits)
+        if missing or not complete:
+            hashes = {file.name: hashes.get(file.name) or sha256_of(out / file.name) for file in files}
+            write_atomically(out / LABELS, card_bytes({**card, "complete": True, "files": hashes}))
         size = sum((out / file.name).stat().st_size for file in files)
     return RelabelResult(out, total, made, size, time.monotonic() - started)
 
 
-def _is_complete(out: Path, card: dict) -> bool | None:
-    """Whether the labels in `out` are complete; None where there are none. InputError for others than the card's."""
+def _state(out: Path, card: dict) -> tuple[bool | None, dict[str, str]]:
+    """Whether the labels in `out` are complete, None where there are none; and the hashes of its files, if it has them.
+
+    InputError for others than the card's.
+    """
     if (out / LABELS).exists():
         existing = read_labels_card(out)
-        complete = existing.pop("complete")
+        complete, hashes = existing.pop("complete"), existing.pop("files", {})
         refuse_differences(out, json.loads(json.dumps(card)), existing, "a relabelling")
-        return complete
+        return complete, hashes
     if others := sorted(path.name for path in out.iterdir() if not path.name.startswith(".")):
         raise InputError(f"{out} is not empty and holds no labels ({', '.join(others[:5])}): choose another --out")
-    return None
+    return None, {}
 
 
 # ---- what is in which file ----

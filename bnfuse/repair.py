@@ -103,7 +103,7 @@ def repair(
     with ExitStack() as held, writing(root, "What was whole still is."), computing_with(card.get("threads")):
         shards = shards_in(root)
         for name in [MANIFEST, *(path.name for path in shards)]:
-            held.callback(os.close, open_locked(root, name))
+            held.callback(os.close, open_locked(root, name, create=True))  # one that is lost is made again as one that is empty
         result = _Repair(root, maker, card, accept_changes).run(shards, progress)
     result.problems = inspect(root).problems
     return result

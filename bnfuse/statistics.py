@@ -18,6 +18,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -242,8 +243,11 @@ class ClassStatistics:
             description["row_classes"] = self.row_classes
         if self.subclass_teacher is not None:
             description["subclass_teacher"] = self.subclass_teacher
-        with atomic_path(path) as part:
-            save_file(tensors, part, metadata={"format": FORMAT, "description": json.dumps(description)})
+        try:
+            with atomic_path(path) as part:
+                save_file(tensors, part, metadata={"format": FORMAT, "description": json.dumps(description)})
+        except SafetensorError as error:  # what it makes of a full disk
+            raise InputError(f"cannot write {path}: {error}; free some space, or choose another place") from error
 
     @classmethod
     def load(
@@ -335,9 +339,9 @@ def record(
 
     Raises
     ------
-    InputError : a label out of range, a non-finite pixel or activation, a class with no image or too few, a rule that finds no
-        site; each named. With sub-classes also a loader that can be gone through once, a network without a linear layer before
-        which its features are, and one whose preprocessing is another
+    InputError : a label out of range, a non-finite pixel or activation, pixels that the preprocessing is not for, a class with
+        no image or too few, a rule that finds no site; each named. With sub-classes also a loader that can be gone through
+        once, a network without a linear layer before which its features are, and one whose preprocessing is another
 
     Warns
     -----
@@ -371,6 +375,8 @@ def record(
         for batch, (images, labels) in enumerate(read(tqdm(loader, desc=what, unit="batch", disable=not progress))):
             labels = torch.as_tensor(labels).to(torch.int64)
             _check_batch(images, labels, num_classes, batch, first)
+            if preprocessing is not None:
+                _check_pixels(images, preprocessing, batch)
             first += len(labels)
             images = images.to(device)
             yield images if preprocessing is None else preprocessing.normalize(images), labels
@@ -493,21 +499,51 @@ def _check_batch(images: Tensor, labels: Tensor, num_classes: int, batch: int, f
         raise InputError(f"{where(int(broken[0]))} has a NaN or infinite pixel; remove or repair it")
 
 
-def _check_counts(counts: ImageCounts, names: list[str], minimum: int, allow_few: bool) -> None:
-    if len(missing := [names[k] for k in (counts.images == 0).nonzero().flatten().tolist()]):
+def _check_pixels(images: Tensor, preprocessing: Preprocessing, batch: int) -> None:
+    """What the teacher's normalisation is for. Some way beyond [0, 1] is let in: images may be resized smoothly, or noised."""
+    if not images.is_floating_point() or images.dim() != 4 or images.shape[1] != preprocessing.channels:
+        raise InputError(
+            f"batch {batch} of the loader is {images.dtype} {list(images.shape)}; expected pixels in [0, 1], float "
+            f"[N, {preprocessing.channels}, H, W]"
+        )
+    low, high = images.aminmax() if images.numel() else (0, 0)
+    if low < -0.5 or high > 1.5:
+        raise InputError(
+            f"batch {batch} of the loader has pixels from {float(low):.3g} to {float(high):.3g}; expected [0, 1], for "
+            "they are normalised as the teacher expects it: leave out Normalize, and divide bytes by 255"
+        )
+
+
+def check_images_of_classes(
+    images: Tensor, names: Sequence[str], minimum: int, allow_few: bool, *, in_effect: Tensor | None = None
+) -> None:
+    """InputError where a class has no image, or too few.
+
+    Parameters
+    ----------
+    images : int64 [K], of each class
+    in_effect : of a moving average, how many its statistics amount to: [K]
+    """
+    if len(missing := [names[k] for k in (images == 0).nonzero().flatten().tolist()]):
         raise InputError(
             f"no image of {'class' if len(missing) == 1 else 'classes'} {', '.join(missing[:10])}; every class "
             "needs images, or leave the class out"
         )
-    few = [f"{names[k]} ({_number(counts.effective[k])})" for k in (counts.effective < minimum).nonzero().flatten().tolist()]
+    counted = images if in_effect is None else in_effect
+    few = [f"{names[k]} ({_number(counted[k])})" for k in (counted < minimum).nonzero().flatten().tolist()]
     if few and not allow_few:
         moving = ", or larger batches, or variance='pooled': a moving average is of the last batches for the most part"
         raise InputError(
-            f"fewer than {minimum} images in {len(few)} class(es){' in effect' if counts.variance == 'ema' else ''}: "
+            f"fewer than {minimum} images in {len(few)} class(es){'' if in_effect is None else ' in effect'}: "
             f"{', '.join(few[:10])}. Statistics of few images give those images away. Gather more"
-            f"{moving if counts.variance == 'ema' else ''}, lower minimum_images, or pass allow_few_images "
+            f"{'' if in_effect is None else moving}, lower minimum_images, or pass allow_few_images "
             "(--allow-few-images) knowing this"
         )
+
+
+def _check_counts(counts: ImageCounts, names: list[str], minimum: int, allow_few: bool) -> None:
+    effective = counts.effective if counts.variance == "ema" else None
+    check_images_of_classes(counts.images, names, minimum, allow_few, in_effect=effective)
     start, k = counts.of_the_start.max(0)
     if start > 0.01:
         warnings.warn(

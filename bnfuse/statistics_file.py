@@ -27,6 +27,19 @@ _ABSENT = {"rules": ["bn"], "variance": "pooled", "row_classes": None, "subclass
 WHOLE_PARTS = ("whole_count", "whole_mean", "whole_m2")  # the same of all classes together: [1], [1, C] and [1, C]
 
 
+def check_replaceable(path: Path) -> None:
+    """InputError where `path` is a file of something else than class statistics: a recording must not take its place."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            is_statistics = (file.metadata() or {}).get("format") == FORMAT
+    except safetensors.SafetensorError:
+        is_statistics = False
+    if not is_statistics:
+        raise InputError(f"{path} is there and holds no class statistics, and nothing is written over it: name another file")
+
+
 class SitesOnDisk(Mapping):
     """site name → `SiteMoments`, in the order in which the sites ran.
 

@@ -34,10 +34,12 @@ from .checkpoints import save_checkpoint
 from .class_names import misplaced
 from .configs import check_whole
 from .errors import InputError
-from .files import write_atomically
+from .files import check_place, write_atomically
 from .labels import LabelledViews, Labels
 from .models import build_model, check_output, fingerprint
 from .preprocessing import Preprocessing
+
+WEIGHTS, METRICS = "model.safetensors", "metrics.json"  # what `train` writes into its folder
 
 # (lr, weight_decay) where the config leaves them out
 OPTIMIZER_DEFAULTS = {"adamw": (2e-3, 0.01), "sgd": (0.1, 5e-4)}
@@ -253,10 +255,7 @@ def train(
         _check_same_classes(dataset, test)
         test_source = Source(test, preprocessing, device, config.workers)
     if out is not None:
-        try:
-            Path(out).mkdir(parents=True, exist_ok=True)  # now, rather than when the training is done
-        except OSError as error:
-            raise InputError(f"cannot write to the folder {out}: {error}") from error
+        check_place(Path(out) / WEIGHTS)  # now, rather than when the training is done
 
     generator = Generator().manual_seed(config.seed)  # order and augmentation; on the CPU, so that a GPU draws the same
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -304,7 +303,7 @@ def train(
         seconds=time.perf_counter() - started,
     )
     if out is not None:
-        _write(Path(out), result, config, dataset, test)
+        _write(Path(out), result, config, dataset, test, labels_learnt(soft_labels, labels))
     return result
 
 
@@ -497,7 +496,34 @@ def _check_same_classes(dataset, test) -> None:
         raise InputError(f"{test.name} has classes of {dataset.name} at other places: {theirs[:5]}, {ours[:5]}")
 
 
-def _write(out: Path, result: TrainResult, config: TrainConfig, dataset, test) -> None:
+def labels_learnt(soft_labels: bool, labels: Labels | None) -> str:
+    """What the labels are that `train` learns with these arguments: "hard", "soft", or of "views"."""
+    if labels is not None:
+        return "soft" if labels.plain else "views"
+    return "soft" if soft_labels else "hard"
+
+
+def refuse_other_network(out: Path, config: TrainConfig, dataset, labels: str) -> None:
+    """InputError where `out` holds a network that came of another training than this: its statistics would fit none then."""
+    if not (out / WEIGHTS).exists():
+        return
+    wanted = json.loads(json.dumps({"dataset": dataset.name, "images": len(dataset), "labels": labels, **asdict(config)}))
+    try:
+        before = json.loads((out / METRICS).read_text())
+        found = {name: before[name] for name in ("dataset", "images", "labels") if name in before} | before["config"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{out} holds a network, and no {METRICS} that says of what training ({error}): choose another folder (--out), or "
+            "remove it"
+        ) from error
+    others = [f"{name}: {found[name]!r}, now {value!r}" for name, value in wanted.items() if found.get(name, value) != value]
+    if others:
+        raise InputError(
+            f"{out} holds a network of another training ({'; '.join(others[:5])}): choose another folder (--out), or remove it"
+        )
+
+
+def _write(out: Path, result: TrainResult, config: TrainConfig, dataset, test, labels: str) -> None:
     """``model.safetensors`` and ``metrics.json``."""
     names = list(dataset.class_names or map(str, range(dataset.num_classes)))
     metrics = {
@@ -508,6 +534,7 @@ def _write(out: Path, result: TrainResult, config: TrainConfig, dataset, test) -
         "seconds": result.seconds,
         "dataset": dataset.name,
         "images": len(dataset),
+        "labels": labels,
         "test_dataset": test.name if test is not None else None,
         "test_images": len(test) if test is not None else None,
         "config": asdict(config),
@@ -515,7 +542,7 @@ def _write(out: Path, result: TrainResult, config: TrainConfig, dataset, test) -
         "history": result.history,
     }
     save_checkpoint(
-        out / "model.safetensors",
+        out / WEIGHTS,
         result.model,
         architecture=config.model,
         num_classes=dataset.num_classes,
@@ -523,4 +550,4 @@ def _write(out: Path, result: TrainResult, config: TrainConfig, dataset, test) -
         class_names=dataset.class_names and list(dataset.class_names),
         metrics={name: metrics[name] for name in ("accuracy", "train_accuracy")},
     )
-    write_atomically(out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+    write_atomically(out / METRICS, (json.dumps(metrics, indent=2) + "\n").encode())

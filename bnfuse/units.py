@@ -212,7 +212,14 @@ def outputs_asked(
     source = Source.of(teacher, statistics, config)
     by_name = judge is not None and set(source.names) <= set(judge.class_names or [])
     if by_name or judge is not None and judge.num_classes != teacher.num_classes:
-        return torch.tensor(judge.outputs_for(source.names) or range(len(source.names)))
+        try:
+            return torch.tensor(judge.outputs_for(source.names) or range(len(source.names)))
+        except InputError as error:
+            raise InputError(
+                f"the judge, {judge.architecture}, tells {judge.num_classes} classes apart and names "
+                f"{'none' if judge.class_names is None else 'others'}: one is needed that names all of the dataset's "
+                f"{len(source.names)}, or has as many outputs as these or as the teacher"
+            ) from error
     return source.outputs(torch.tensor(source.rows))
 
 

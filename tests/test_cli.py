@@ -46,8 +46,10 @@ def test_the_whole_flow(tmp_path, capsys):
     )
     text = capsys.readouterr().out
     assert "40 images, 40 made now" in text and re.search(r"the teacher takes [\d.]+% of them", text)
-    for flags in ([], ["--soft-labels"]):
-        assert run("train", "--data", out, "--test", "digits:test", "--out", tmp_path / "student", *TRAIN, *flags) == 0
+    student = "train", "--data", out, "--test", "digits:test", "--out", tmp_path / "student", *TRAIN
+    assert run(*student) == run(*student) == 0  # the same training once more
+    assert run(*student, "--soft-labels") == 2 and "labels: 'hard', now 'soft'" in capsys.readouterr().err
+    assert run(*student, "--soft-labels", "--out", tmp_path / "soft") == 0
     metrics = json.loads((tmp_path / "student" / "metrics.json").read_text())
     assert 0 <= metrics["accuracy"] <= 1
     assert run("train", "--data", "digits:train", "--limit-per-class", 5, "--out", tmp_path / "few", *TRAIN) == 0

@@ -71,7 +71,8 @@ def test_free_space(tmp_path):
         check_space(tmp_path / "x", 10**18, "labels")
     assert Disk(3, 5000.0, False, 100, 10**6).needed == 3 * 8192 + 100  # whole blocks
     assert (
-        "at most 15.0 kB of images and 100 bytes of soft labels; 1.0 MB are free" in Disk(3, 5000, True, 100, 10**6).describe()
+        "at most 15.0 kB of images and 100 bytes of soft labels, 24.7 kB in whole blocks; 1.0 MB are free"
+        in Disk(3, 5000, True, 100, 10**6).describe()
     )
 
 
@@ -104,10 +105,12 @@ def test_a_disk_that_is_too_small_is_told_before_it_is_full(tmp_path, monkeypatc
     monkeypatch.setattr(forecast, "free_bytes", lambda path: free.bytes)
     units, said, pixels = [unit(k) for k in range(4)], [], torch.randint(0, 256, (10, 3, 40, 40), dtype=torch.uint8)
     new = lambda **o: Forecast(tmp_path, units, set(), [((40, 40), 10)], (3, 40, 40), say=said.append, **o)  # noqa: E731
-    with pytest.raises(InputError, match="soft labels; 0 bytes are free"):
+    with pytest.raises(InputError, match="soft labels, .* in whole blocks; 0 bytes are free"):
         new(logits=10).begin()
     free.bytes = 100_000
-    with pytest.warns(UserWarning, match="may be too small: at most 19[0-9].* of images; 100.0 kB are free"):
+    with pytest.warns(
+        UserWarning, match="may be too small: at most 19[0-9].* of images, .* in whole blocks; 100.0 kB are free"
+    ):
         new().begin()
     with pytest.raises(InputError, match=r"about 14[67].. kB .*100.0 kB are free.*committed is safe; free .* more and run"):
         new().committed(units[0], pixels)
@@ -135,7 +138,7 @@ def test_a_run_tells_what_it_will_take(teacher, tmp_path, capsys):
     synthesize(teacher, None, tmp_path / "out", RUN)
     text = capsys.readouterr().out
     assert len(re.findall(r"6 images in 3 units: about \d+ s, at .* s a step", text)) == 1
-    (line,) = re.findall("still to write: about (.*) bytes of images; .* are free", text)
+    (line,) = re.findall("still to write: about (.*) bytes of images, .* are free", text)
     real = [path.stat().st_size for path in (tmp_path / "out" / "images").rglob("*.png")]
     assert float(line) == pytest.approx(sum(real) * 4 / 6, rel=0.1)
     synthesize(teacher, None, tmp_path / "out", RUN)

@@ -54,7 +54,10 @@ def test_a_judge_is_asked_for_its_own_outputs_at_its_own_size(store):
     more = (0.9, 0.3, 0.1, 0.5)
     assert judged(network(more, 4, ["c", "x", "a", "b"])) == pytest.approx(2 / 3)
     assert judged(network(more, 4, ["c", "x", "b", "a"])) == 0
-    with pytest.raises(InputError, match="brightness4 tells 4 classes apart and the dataset has 3: name its output"):
+    with pytest.raises(
+        InputError,
+        match="the judge, brightness4, tells 4 classes apart and names none: one is needed that names all of the dataset's 3",
+    ):
         judged(network(more, 4))
 
 

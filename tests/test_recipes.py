@@ -72,18 +72,18 @@ def test_the_flow_by_a_recipe(tmp_path, monkeypatch, capsys):
         assert f"`bnfuse relabel made/{name} --recipe {name}" in said and f"train --data made/{name} --recipe {name}`" in said
     assert run(f"{flow} --recipe cifar10 --out made/grey") == 2 and "make it 1" in capsys.readouterr().err
 
-    trained = lambda: json.loads((tmp_path / "student" / "metrics.json").read_text())["config"]
+    trained = lambda out: json.loads((tmp_path / out / "metrics.json").read_text())["config"]
     student = "train --recipe cifar10 --data made/cifar10 --out student --epochs 2 --model resnet8"
     assert run(student) == 2 and "bnfuse relabel" in capsys.readouterr().err  # which the recipe's students learn from
     assert run("relabel made/cifar10 --recipe cifar10 --views 2 --teacher teacher/model.safetensors") == 0
     said = capsys.readouterr().out
     assert "labels of 40 views" in said and "--labels relabel --recipe cifar10`" in said and run(student) == 0
-    assert TrainConfig(**trained()) == recipe("cifar10").train_config(epochs=2, model="resnet8")
-    assert run(f"{student} --labels soft") == 0 and run(f"{student} --labels hard") == 0
-    assert run("train --recipe imagenet --labels soft --data digits --out student --epochs 1 --model resnet8") == 2
+    assert TrainConfig(**trained("student")) == recipe("cifar10").train_config(epochs=2, model="resnet8")
+    assert all(run(f"{student} --labels {labels} --out {labels}") == 0 for labels in ("soft", "hard"))
+    assert run("train --recipe imagenet --labels soft --data digits --out digits --epochs 1 --model resnet8") == 2
     assert "has no soft labels" in capsys.readouterr().err
-    assert run("train --recipe digits --labels hard --data digits --out student --epochs 1 --model resnet8") == 0
-    assert trained()["label_smoothing"] == 0.1
+    assert run("train --recipe digits --labels hard --data digits --out digits --epochs 1 --model resnet8") == 0
+    assert trained("digits")["label_smoothing"] == 0.1
 
     assert run(f"{flow} --recipe digits --preset cda --out other") == 2
     assert "begin from one of a preset and a recipe, got both: preset='cda', recipe='digits'" in capsys.readouterr().err

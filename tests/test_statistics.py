@@ -29,6 +29,11 @@ def data():
     return torch.randn(40, 3, 6, 5) + 3, torch.randint(0, CLASSES, (40,))
 
 
+def pixels(data):
+    """The images as a teacher's preprocessing takes them, in [0, 1]."""
+    return data[0].sigmoid(), data[1]
+
+
 def batches(images, labels, size=7):
     return list(zip(images.split(size), labels.split(size)))
 
@@ -135,7 +140,7 @@ def test_teacher_normalises_pixels(model):
 def test_file_keeps_everything(model, data, tmp_path):
     statistics = take(
         model,
-        *data,
+        *pixels(data),
         preprocessing=Preprocessing((6, 5), (0, 0, 0), (1, 1, 1)),
         dataset="d",
         class_names=["../a", "b/c", "ü"],
@@ -152,7 +157,7 @@ def test_file_keeps_everything(model, data, tmp_path):
 
 def test_another_network_or_preprocessing_or_file_is_refused(model, data, tmp_path):
     path = tmp_path / "s.safetensors"
-    statistics = take(model, *data, preprocessing=Preprocessing((6, 5), (0, 0, 0), (1, 1, 1)))
+    statistics = take(model, *pixels(data), preprocessing=Preprocessing((6, 5), (0, 0, 0), (1, 1, 1)))
     statistics.save(path)
     with pytest.raises(InputError, match="teacher is"):
         ClassStatistics.load(path, teacher=settle(Chains(), seed=9))
@@ -169,7 +174,7 @@ def test_another_network_or_preprocessing_or_file_is_refused(model, data, tmp_pa
     with pytest.raises(InputError, match="holds no class statistics"):
         ClassStatistics.load(tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="class names"):
-        statistics.merge(take(model, *data, preprocessing=statistics.preprocessing, class_names=["x", "y", "z"]))
+        statistics.merge(take(model, *pixels(data), preprocessing=statistics.preprocessing, class_names=["x", "y", "z"]))
 
 
 @pytest.mark.parametrize(

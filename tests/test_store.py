@@ -732,7 +732,7 @@ class TestVerify:
 
     def test_no_store(self, tmp_path):
         assert "is not a folder" in verify(tmp_path / "nowhere")[0]
-        assert "no whole bnfuse dataset" in verify(tmp_path)[0]
+        assert "holds no card.json; expected a dataset written by bnfuse" in verify(tmp_path)[0]
 
     @pytest.mark.parametrize(
         "card, message",
