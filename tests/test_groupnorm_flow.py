@@ -41,8 +41,8 @@ def test_the_commands_of_the_page(trained, monkeypatch, capsys):
     small = ["--images-per-class", 4, "--batch-size", 4, "--classes", 0, 3, "--device", "cpu"]
     assert run(*synthesize, *small, "--iterations", 60) == 0
     assert "8 images, 8 made now" in capsys.readouterr().out
-    teacher = load_teacher("groupnorm.py:small", weights="runs/teacher/model.safetensors")
-    statistics = ClassStatistics.load("runs/statistics.safetensors", teacher=teacher.model, num_classes=10, sites=SITES)
+    teacher = load_teacher("groupnorm.py:small", weights="runs/groupnorm/teacher/model.safetensors")
+    statistics = ClassStatistics.load("runs/groupnorm/statistics.safetensors", teacher=teacher.model, num_classes=10, sites=SITES)
     fused, matcher = fuse(teacher.model, sites=SITES), Matcher.from_statistics(statistics)
 
     def distance(pixels, labels):
@@ -50,7 +50,7 @@ def test_the_commands_of_the_page(trained, monkeypatch, capsys):
         _, moments = fused(teacher.preprocessing.normalize(pixels), group_starts)
         return float(matcher(moments, classes))
 
-    made, real = load_dataset("runs/synthetic"), load_dataset("digits:train")
+    made, real = load_dataset("runs/groupnorm/synthetic"), load_dataset("digits:train")
     pixels, labels = torch.stack([made[i][0] for i in range(8)]), torch.tensor([0] * 4 + [3] * 4)
     noise = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     std, mean = (torch.tensor(value) for value in (teacher.preprocessing.std, teacher.preprocessing.mean))
