@@ -24,11 +24,12 @@ from .demo import run_demo
 from .distributed import OtherRankFailed, rank
 from .doctor import report
 from .errors import BnfuseError, InputError, Interrupted, UnitWarning
+from .estimate import check_space
 from .estimators import VARIANCES, index_batches
 from .files import check_place
 from .labels import Labels, images_digest
 from .manifest import is_store, read_store
-from .models import SPEC_GRAMMAR, Teacher, load_teacher
+from .models import SPEC_GRAMMAR, Teacher, batchnorm_layers, load_teacher
 from .plans import SynthesisConfig
 from .recipes import recipe
 from .sites import SITE_GRAMMAR
@@ -251,6 +252,9 @@ def _record(args) -> None:
         raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
     if args.subclasses == 1 and args.class_variance == "pooled":  # before the pass, where that is known
         check_images_of_classes(class_counts(data), data.class_names, args.minimum_images, args.allow_few_images)
+    if args.sites == ["bn"]:  # of others it is not known before the pass how many channels they have
+        channels = sum(layer.num_features for layer in batchnorm_layers(teacher.model).values())
+        check_space(args.out, 16 * channels * data.num_classes, "statistics")  # at least: two float64 a channel and class
     order = index_batches(args.class_variance, data.labels, args.batch_size, args.seed)
     statistics = record(
         teacher,

@@ -42,7 +42,9 @@ def test_the_commands_of_the_page(trained, monkeypatch, capsys):
     assert run(*synthesize, *small, "--iterations", 60) == 0
     assert "8 images, 8 made now" in capsys.readouterr().out
     teacher = load_teacher("groupnorm.py:small", weights="runs/groupnorm/teacher/model.safetensors")
-    statistics = ClassStatistics.load("runs/groupnorm/statistics.safetensors", teacher=teacher.model, num_classes=10, sites=SITES)
+    statistics = ClassStatistics.load(
+        "runs/groupnorm/statistics.safetensors", teacher=teacher.model, num_classes=10, sites=SITES
+    )
     fused, matcher = fuse(teacher.model, sites=SITES), Matcher.from_statistics(statistics)
 
     def distance(pixels, labels):

@@ -95,6 +95,15 @@ def test_a_full_disk_is_told_of_by_a_recording(flow, tmp_path, capsys, monkeypat
     assert "No space left on device (os error 28); free some space" in capsys.readouterr().err and not [*out.parent.iterdir()]
 
 
+def test_a_recording_that_the_disk_has_no_space_for_does_not_begin(flow, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("bnfuse.estimate.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("bnfuse.cli.record", lambda *_, **__: pytest.fail("recorded"))
+    out = tmp_path / "s.safetensors"
+    assert run("record", "--teacher", flow / "teacher/model.safetensors", "--data", "digits:train", "--out", out) == 2
+    # resnet8 has 240 channels: mean and squared deviations of ten classes
+    assert "statistics take 38.4 kB, but only 1.0 kB are free" in capsys.readouterr().err
+
+
 def test_training_finds_out_first_that_its_folder_cannot_be_written_to(tmp_path, monkeypatch):
     def refuse(**_):
         raise OSError(30, "Read-only file system")
