@@ -250,7 +250,7 @@ def _record(args) -> None:
     )
     if args.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, got {args.batch_size}")
-    if args.subclasses == 1 and args.class_variance == "pooled":  # before the pass, where that is known
+    if args.class_variance != "ema":  # of which it is not known before the pass how many images count
         check_images_of_classes(class_counts(data), data.class_names, args.minimum_images, args.allow_few_images)
     if args.sites == ["bn"]:  # of others it is not known before the pass how many channels they have
         channels = sum(layer.num_features for layer in batchnorm_layers(teacher.model).values())

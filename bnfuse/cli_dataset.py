@@ -15,7 +15,7 @@ from .datasets import as_spec, load_dataset
 from .errors import InputError
 from .estimate import readable_bytes
 from .exporting import FORMATS, export
-from .labels import LABELS, RELABEL, is_labels, label_problems
+from .labels import RELABEL, is_labels, label_problems
 from .manifest import inspect, is_store, some
 from .models import SPEC_GRAMMAR
 from .relabelling import RelabelConfig, relabel
@@ -231,5 +231,5 @@ def _export(args) -> None:
         progress=True,
     )
     print(f"{done.images} images in {done.files} files, {readable_bytes(done.bytes)}, read back and right: {done.out}")
-    if args.labels is None and (args.dataset / RELABEL / LABELS).exists():
+    if args.labels is None and is_labels(args.dataset / RELABEL):
         print(f"the labels in {args.dataset / RELABEL} are not among them: --labels relabel takes them along")

@@ -31,6 +31,7 @@ from .labels import (
     LABELS,
     RELABEL,
     images_digest,
+    is_labels,
     is_whole,
     labels_file,
     read_labels_card,
@@ -181,7 +182,7 @@ def _state(out: Path, card: dict) -> tuple[bool | None, dict[str, str]]:
 
     InputError for others than the card's.
     """
-    if (out / LABELS).exists():
+    if is_labels(out):
         existing = read_labels_card(out)
         complete, hashes = existing.pop("complete"), existing.pop("files", {})
         refuse_differences(out, json.loads(json.dumps(card)), existing, "a relabelling")
