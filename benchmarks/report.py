@@ -146,6 +146,24 @@ def sizes_table(result: dict) -> str:
     return markdown(rows)
 
 
+def convolutions_table(layers: list[dict]) -> str:
+    """What convolutions.py measured of a network: a row a layer, and the sum over all calls with images in that form."""
+    forms = list(dict.fromkeys(form for layer in layers for form in layer["seconds"]))
+    in_form = lambda layer, form: layer["seconds"].get(form, layer["seconds"][form.replace("over cells", "as it is")])
+    ours = "over cells" if "over cells" in forms else "as it is"
+    speed = lambda gigaflop, seconds: f"{gigaflop / 1e3 / seconds:.2f}"
+    rows = [["input", "layer", "calls", "GFLOP", *(f"{form}, ms" for form in forms), "TFLOP/s"]]
+    for layer in layers:
+        times = [f"{1e3 * layer['seconds'][form]:.2f}" if form in layer["seconds"] else "" for form in forms]
+        cells = "×".join(map(str, layer["input"])), layer["layer"], str(layer["calls"]), f"{layer['gigaflop']:.1f}"
+        rows.append([*cells, *times, speed(layer["gigaflop"], in_form(layer, ours))])
+    total = lambda value: sum(layer["calls"] * value(layer) for layer in layers)
+    flop, seconds = total(lambda layer: layer["gigaflop"]), {f: total(lambda layer, f=f: in_form(layer, f)) for f in forms}
+    times = [f"{1e3 * taken:.2f}" for taken in seconds.values()]
+    rows.append(["all", "", str(total(lambda _: 1)), f"{flop:.1f}", *times, speed(flop, seconds[ours])])
+    return markdown(rows)
+
+
 def small_planes_table(result: dict) -> str:
     """Shares of the copy bandwidth over the planes and channels of small_planes.py, a row a direction and layout."""
     rows = [["of copy bandwidth", "least", "next", "median", "most"]]
@@ -365,7 +383,8 @@ def gpu_report(results: dict[str, dict]) -> str:
     parts = []
     for name, result in results.items():
         sites = [gpu_times(result), sites_table(result)] if "operators" in result else []
-        parts += [f"## {name}", gpu_circumstances(result), terminal_tables(result), *filter(None, sites)]
+        layers = [f"{n}:\n\n{convolutions_table(of['layers'])}" for n, of in result.get("convolutions", {}).items()]
+        parts += [f"## {name}", gpu_circumstances(result), *filter(None, [terminal_tables(result), *sites, *layers])]
     parts += ["## Targets, in bfloat16 and channels_last", gpu_targets(list(results.values()))]
     return "\n\n".join(parts) + "\n"
 

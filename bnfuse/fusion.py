@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import backends, ops, reference
+from .convolutions import freeze_convolutions
 from .errors import InputError
 from .models import check_teacher
 from .moments import Moments, Observer, Tape
@@ -273,88 +274,6 @@ def _is_plain(batchnorm: _BatchNorm) -> bool:
     return type(batchnorm).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
-class FrozenConvolution(nn.Module):
-    """A convolution that keeps nothing of its input for backward, where torch's own keeps all of it.
-
-    The input's values are needed for the gradient of the weight alone, and a frozen network asks for none. Where that does not
-    hold, and under a compiler (which decides for itself what to keep), the convolution runs as it is. Under autocast it rounds
-    its arguments as torch's own does.
-    """
-
-    def __init__(self, convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        super().__init__()
-        self.convolution = convolution
-
-    def __getattr__(self, name: str):
-        """The layer's own, which networks ask for, such as ``conv1.weight.dtype``."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("convolution"), name)
-
-    def forward(self, x: Tensor) -> Tensor:
-        conv = self.convolution
-        weight, bias = conv.weight, conv.bias
-        if (
-            torch.compiler.is_compiling()
-            or not (x.is_cpu or x.is_cuda)
-            or weight.requires_grad
-            or bias is not None
-            and bias.requires_grad
-            or x.dim() != weight.dim()
-        ):
-            return conv(x)
-        if torch.is_autocast_enabled(x.device.type):
-            x, weight, bias = (_autocast(tensor) for tensor in (x, weight, bias))
-        return torch.ops.bnfuse_cpp.frozen_convolution(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-    def extra_repr(self) -> str:
-        return "keeps nothing of its input"
-
-
-def _autocast(tensor: Tensor | None) -> Tensor | None:
-    """In autocast's dtype, as convolutions take their arguments under it: float64 stays."""
-    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
-def _freeze_convolutions(body: nn.Module, memory_format: torch.memory_format) -> None:
-    """Puts FrozenConvolutions into a network that is ours to change; the layers themselves stay as they are."""
-    if backends.extension is None:
-        return
-    frozen: dict[nn.Module, FrozenConvolution] = {}
-    for name, module in list(body.named_modules(remove_duplicate=False)):
-        if _is_plain_convolution(module):
-            if module not in frozen:
-                frozen[module] = FrozenConvolution(_in_layout(module, memory_format))
-            body.set_submodule(name, frozen[module])
-
-
-def _is_plain_convolution(module: nn.Module) -> bool:
-    """Whether the layer is its weight and bias and nothing else, such as a hook that makes the weight anew for each pass."""
-    return (
-        type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and {"weight", "bias"} <= module._parameters.keys()
-    )
-
-
-def _in_layout(convolution: nn.Module, memory_format: torch.memory_format) -> nn.Module:
-    """The layer, or a copy whose weight [O, I, h, w] lies as its input does: otherwise every call would make one."""
-    weight = convolution.weight
-    if weight.dim() != 4 or memory_format != torch.channels_last or weight.is_contiguous(memory_format=memory_format):
-        return convolution
-    copied = copy.copy(convolution)
-    copied._parameters = {
-        **convolution._parameters,
-        "weight": nn.Parameter(weight.detach().contiguous(memory_format=memory_format), requires_grad=False),
-    }
-    return copied
-
-
 def _site(
     batchnorm: _BatchNorm, name: str, plan: _Plan, following: Activation = Activation(), has_residual: bool = False
 ) -> _Site:
@@ -431,7 +350,7 @@ def _fuse_traced(model: nn.Module, plan: _Plan, memory_format: torch.memory_form
             sites[name] = _fold(graph, body, modules, node, f"site_{len(sites)}", name, plan)
     body.delete_all_unused_submodules()
     graph.lint()
-    _freeze_convolutions(body, memory_format)
+    freeze_convolutions(body, memory_format)
     body.recompile()
     body.eval()
     return FusedModel(body, plan, True, memory_format)
@@ -548,7 +467,7 @@ def _fuse_modules(model: nn.Module, plan: _Plan, memory_format: torch.memory_for
                 replaced[module] = _site(module, name, plan)
             parent, _, attribute = name.rpartition(".")
             setattr(body.get_submodule(parent), attribute, replaced[module])
-    _freeze_convolutions(body, memory_format)
+    freeze_convolutions(body, memory_format)
     for observer in plan.observers.values():
         if observer.site.module_name:
             hook_site(body, observer.site, observer)

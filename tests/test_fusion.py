@@ -13,7 +13,8 @@ from torch.nn.utils import prune
 from torchvision_shim import import_torchvision
 
 from bnfuse import InputError, fuse
-from bnfuse.fusion import FrozenConvolution, FusedBatchNorm
+from bnfuse.convolutions import FrozenConvolution
+from bnfuse.fusion import FusedBatchNorm
 from bnfuse.models import batchnorm_layers, build_model, freeze, load_teacher
 from bnfuse.preprocessing import Preprocessing
 

@@ -3,6 +3,7 @@
 Both GPU backends run every test; expectations are computed on the CPU in float64. Without a CUDA device all is skipped.
 """
 
+import copy
 import dataclasses
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from bnfuse import Matcher, backends, fuse, group_by_class, ops, reference
 from bnfuse.averaging import MovingAverage
-from bnfuse.fusion import FrozenConvolution
+from bnfuse.convolutions import FrozenConvolution, ImageConvolution
 from bnfuse.models import build_model
 from bnfuse.optimisation import optimise
 
@@ -350,6 +351,29 @@ def test_a_frozen_convolution_keeps_and_copies_nothing(kernel, groups):
     for actual, expected in zip(run(FrozenConvolution(conv)), run(conv)):
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)  # another algorithm perhaps
         assert actual.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_convolution_that_images_enter_gives_torchs_values_and_gradient(dtype, autocast):
+    """Over cells of pixels, in 16 bits with channels of zeros; each against float64, and no farther off than torch's own."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(3, 64, 7, stride=2, padding=3).requires_grad_(False).cuda()
+    images, dy = torch.randn(8, 3, 64, 64, device="cuda"), torch.randn(8, 64, 32, 32, device="cuda")
+
+    def run(module, weights, given):
+        module = copy.deepcopy(module).to(dtype=weights, memory_format=torch.channels_last)
+        x = images.to(dtype=given, memory_format=torch.channels_last).requires_grad_()
+        with torch.autocast("cuda", dtype, enabled=autocast and given == torch.float32):
+            y = module(x)
+        return y.detach(), torch.autograd.grad(y, x, dy.to(y.dtype))[0]
+
+    weights = torch.float32 if autocast else dtype
+    exact = run(conv, torch.float64, torch.float64)
+    for ours, torchs, wide in zip(run(ImageConvolution(conv), weights, weights), run(conv, weights, weights), exact):
+        assert ours.dtype == torchs.dtype and ours.stride() == torchs.stride()
+        off = [((found.double() - wide).norm() / wide.norm()).item() for found in (ours, torchs)]
+        assert off[0] <= max(1.5 * off[1], 1e-6)
 
 
 def test_compiles_in_one_graph(backend):

@@ -10,7 +10,7 @@ from networks import Chains, Shared, Untraceable, settle
 from torch import nn
 
 from bnfuse import InputError, freeze, fuse
-from bnfuse.fusion import FrozenConvolution
+from bnfuse.convolutions import FrozenConvolution
 from bnfuse.models import build_model
 from bnfuse.moments import Observer
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnfuse
 from bnfuse import Matcher, backends, fuse, ops, reference
-from bnfuse.fusion import FrozenConvolution
+from bnfuse.convolutions import FrozenConvolution
 from bnfuse.models import build_model
 from bnfuse.objective import Objective
 
