@@ -253,6 +253,29 @@ def test_the_same_bits_at_any_address(kernels, shape, layout, dtype):
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
 
 
+@pytest.mark.parametrize("shape", [(5, 264, 3, 3), (5, 64, 3, 3), (3, 24, 1, 1)], ids=str)
+def test_the_same_bits_from_coefficients_at_any_address(kernels, shape):
+    """Eight channels' are read at once where they lie at a multiple of 16 bytes."""
+
+    def moved(values: Tensor) -> Tensor:
+        return torch.cat([torch.full((1,), math.nan), values.flatten()])[1:].view(values.shape)
+
+    case = case_of(shape, "contiguous_rows", groups=[2, shape[0] - 2], act="silu", residual=True)
+    elsewhere = Case(**{k: moved(v) if k in ("scale", "shift", "dmean", "dvar") else v for k, v in vars(case).items()})
+    assert case.scale.data_ptr() % 16 == 0 and elsewhere.scale.data_ptr() % 16 and elsewhere.dvar.data_ptr() % 16
+    kernels.device(2)
+    assert all(torch.equal(a, b) for a, b in zip(forward_and_backward(kernels, case), forward_and_backward(kernels, elsewhere)))
+
+
+@pytest.mark.parametrize("starts", [[0, 2], [3, 99], [2**62, -1]], ids=str)
+def test_a_single_group_is_all_of_x_whatever_its_starts(kernels, starts):
+    """So no kernel waits for them. Right ones are 0 and N."""
+    case = case_of((6, 8, 3, 3), "contiguous_rows", residual=True)
+    expected = forward_and_backward(kernels, case)
+    case.group_starts = torch.tensor(starts)
+    assert all(torch.equal(a, b) for a, b in zip(forward_and_backward(kernels, case), expected))
+
+
 @every_walk
 @pytest.mark.parametrize("multiprocessors", [1, 132])
 def test_cancellation(kernels, shape, layout, multiprocessors):

@@ -40,6 +40,23 @@ __global__ void __launch_bounds__(PLACES<T, ACCESS, backward_is_lean(DERIVATIVE)
   const bool reads_x = DERIVES || f.dvar;
   const A slope = A(f.slope), below = A(lower_slope(f.act, f.slope));
 
+  Cursor<ACCESS> ahead(walk, columns, chunk.rows), current = ahead;
+  Vector<T> gradient[FLIGHT], input[FLIGHT], added[FLIGHT];
+  uint32_t bits[FLIGHT];
+  const auto load_next = [&](int u) {
+    const int count = ahead.count();
+    if (dy) gradient[u] = load<ALIGNED>(dy + ahead.at, count);
+    if (reads_x) input[u] = load<ALIGNED>(x + ahead.at, count);
+    if (RESIDUAL) added[u] = load<ALIGNED>(residual + ahead.at, count);
+    if (MASK) bits[u] = ACCESS == Access::packed ? load_packed_mask(walk, columns, f.mask + ahead.byte) : f.mask[ahead.byte];
+    ahead.advance(walk);
+  };
+  const int32_t total = current.total();
+  if (total >= FLIGHT) {  // while these come, so do the channels' coefficients
+#pragma unroll
+    for (int u = 0; u < FLIGHT; ++u) load_next(u);
+  }
+
   PerChannel<A, ACCESS> scale, shift, mean, of_mean, of_var;
   if (dy) scale.load(walk, columns, static_cast<const A*>(f.scale));
   if (DERIVES) shift.load(walk, columns, static_cast<const A*>(f.shift));
@@ -55,17 +72,6 @@ __global__ void __launch_bounds__(PLACES<T, ACCESS, backward_is_lean(DERIVATIVE)
     of_var.transform([&](A dvar) { return var_coefficient(dvar, elements); });
   }
 
-  Cursor<ACCESS> ahead(walk, columns, chunk.rows), current = ahead;
-  Vector<T> gradient[FLIGHT], input[FLIGHT], added[FLIGHT];
-  uint32_t bits[FLIGHT];
-  const auto load_next = [&](int u) {
-    const int count = ahead.count();
-    if (dy) gradient[u] = load<ALIGNED>(dy + ahead.at, count);
-    if (reads_x) input[u] = load<ALIGNED>(x + ahead.at, count);
-    if (RESIDUAL) added[u] = load<ALIGNED>(residual + ahead.at, count);
-    if (MASK) bits[u] = ACCESS == Access::packed ? load_packed_mask(walk, columns, f.mask + ahead.byte) : f.mask[ahead.byte];
-    ahead.advance(walk);
-  };
   const auto use_next = [&](int u) {
     const int count = current.count();
     A dz[VECTOR] = {}, result[VECTOR];  // act'·dy; dx
@@ -104,11 +110,12 @@ __global__ void __launch_bounds__(PLACES<T, ACCESS, backward_is_lean(DERIVATIVE)
     if (dresidual) store<ALIGNED>(dresidual + current.at, count, narrow<T>(dz));
     current.advance(walk);
   };
-  const int32_t total = current.total();
   int32_t k = 0;
   for (; k + FLIGHT <= total; k += FLIGHT) {
+    if (k > 0) {
 #pragma unroll
-    for (int u = 0; u < FLIGHT; ++u) load_next(u);
+      for (int u = 0; u < FLIGHT; ++u) load_next(u);
+    }
 #pragma unroll
     for (int u = 0; u < FLIGHT; ++u) use_next(u);
   }

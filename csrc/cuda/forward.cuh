@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(FORWARD_PLACES<T, ACCESS, RESIDUAL, KIND>.thre
   constexpr bool ALIGNED = ACCESS != Access::elements;
   constexpr int FLIGHT = VECTORS_IN_FLIGHT<T, RESIDUAL ? 2 : 1>;
   const Walk& walk = f.walk;
+  let_next_kernel_start();  // the one that finishes what is begun here
   if (f.counters && blockIdx.x == 0)
     for (int i = threadIdx.x; i <= walk.groups; i += blockDim.x) f.counters[i] = 0;
 
@@ -134,6 +135,7 @@ __global__ void __launch_bounds__(SMALL_THREADS, 1) finish_kernel(const __grid_c
   const Rows rows = rows_of_group(walk, f.group_starts, group);
   const int64_t entries = (rows.end - rows.begin + walk.chunk_rows - 1) / walk.chunk_rows * walk.parts;
   const bool exists = channel < walk.channels;
+  if (f.counters && exists && lane == 0) prefetch_targets<A>(f, group, channel);
   wait_for_previous_kernel();
 
   PivotSums sums;

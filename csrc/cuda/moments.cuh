@@ -71,19 +71,26 @@ struct alignas(2 * sizeof(A)) Partial {
   A mean, m2;
 };
 
-// A block's shared memory: the moments of its threads' elements, or of its threads where each has one channel.
+// A block's shared memory: the moments of its threads' elements, or of its threads where each has one channel. Element i of all
+// threads comes before element i + 1, so that neighbouring threads meet different banks; so do neighbouring elements of a few
+// threads, by the four words between.
 template <typename A>
 struct SharedMoments {
-  A* mean;         // [threads · 8], or [threads]
+  static constexpr int APART = 4;
+  A* mean;         // [8, threads + APART]
   A* m2;           // the same
   int32_t* count;  // [threads]: of each of the thread's sets
 
   BNFUSE_DEVICE explicit SharedMoments(unsigned char* memory)
       : mean(reinterpret_cast<A*>(memory)),
-        m2(mean + VECTOR * blockDim.x),
-        count(reinterpret_cast<int32_t*>(m2 + VECTOR * blockDim.x)) {}
+        m2(mean + VECTOR * (blockDim.x + APART)),
+        count(reinterpret_cast<int32_t*>(m2 + VECTOR * (blockDim.x + APART))) {}
 
-  static int64_t bytes(int threads) { return threads * (2 * VECTOR * int64_t(sizeof(A)) + sizeof(int32_t)); }
+  BNFUSE_DEVICE static int32_t place(int32_t thread, int32_t i) { return i * (blockDim.x + APART) + thread; }
+
+  static int64_t bytes(int threads) {
+    return 2 * VECTOR * (threads + APART) * int64_t(sizeof(A)) + threads * int64_t(sizeof(int32_t));
+  }
 };
 
 // Combines what the threads of a block have found, and writes one partial moment for each channel of the tile.
@@ -103,13 +110,14 @@ BNFUSE_DEVICE void write_partials(const Walk& walk, const Columns& columns, int6
     shared.count[threadIdx.x] = moments.count(0);
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) {
-      shared.mean[VECTOR * threadIdx.x + i] = moments.mean[i];
-      shared.m2[VECTOR * threadIdx.x + i] = moments.m2[i];
+      shared.mean[shared.place(threadIdx.x, i)] = moments.mean[i];
+      shared.m2[shared.place(threadIdx.x, i)] = moments.m2[i];
     }
   }
   __syncthreads();
 
-  // A channel's sets: `beside` in each of the `high` rows of threads, one after the other.
+  // A channel's sets: `beside` in each of the `high` rows of threads, one after the other. Teams that stand side by side have
+  // channels of neighbouring threads where they can.
   const int32_t sets = one_channel ? 1 : VECTOR;  // of a thread
   const int32_t beside = walk.layout == Layout::rows     ? 1
                          : walk.layout == Layout::packed ? int32_t(walk.run)
@@ -117,15 +125,18 @@ BNFUSE_DEVICE void write_partials(const Walk& walk, const Columns& columns, int6
                                                          : int32_t(walk.run_vectors);
   const int32_t teams = blockDim.x / walk.team, lane = threadIdx.x % walk.team;
   for (int32_t first = 0; first < columns.tile_channels; first += teams) {
-    const int32_t channel = first + threadIdx.x / walk.team;
-    const bool exists = channel < columns.tile_channels;
+    const int32_t number = first + threadIdx.x / walk.team;
+    const bool exists = number < columns.tile_channels;
+    const int32_t vectors = columns.tile_channels / VECTOR;
+    const int32_t channel = ACCESS == Access::rows ? number % vectors * VECTOR + number / vectors : number;
     PivotSums sums;
     double pivot = 0;
     if (exists) {
-      pivot = shared.mean[channel * beside];
+      const int32_t element = channel * beside;  // of a row of threads
+      pivot = shared.mean[shared.place(element / sets, element % sets)];
       for (int32_t at = lane; at < walk.high * beside; at += walk.team) {
-        const int32_t set = at / beside * walk.wide * sets + channel * beside + at % beside;
-        const int32_t count = shared.count[set / sets];
+        const int32_t here = element + at % beside, thread = at / beside * walk.wide + here / sets;
+        const int32_t set = shared.place(thread, here % sets), count = shared.count[thread];
         if (count > 0) sums.add(count, shared.mean[set], shared.m2[set], pivot);
       }
     }

@@ -58,6 +58,18 @@ BNFUSE_DEVICE void wait_for_previous_kernel() {
 #endif
 }
 
+// Once all blocks have said so, or are done, a kernel that is launched with OVERLAPS after this one may start and wait.
+BNFUSE_DEVICE void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Asks for what lies there without waiting for it.
+BNFUSE_DEVICE void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(__cvta_generic_to_global(from)));
+}
+
 // What another block of the same launch may have written, from where all of them see it.
 template <typename A>
 BNFUSE_DEVICE A load_shared_by_blocks(const A* from) {

@@ -107,6 +107,15 @@ BNFUSE_DEVICE int64_t target_row(const int64_t* classes, int64_t table_rows, int
   return row >= 0 && row < table_rows ? row : -1;
 }
 
+// Asks for what finish_loss will read of a channel's targets.
+template <typename A>
+BNFUSE_DEVICE void prefetch_targets(const Finish& f, int64_t group, int64_t channel) {
+  const int64_t row = target_row(f.classes, f.table_rows, group);
+  if (row < 0) return;
+  prefetch(static_cast<const A*>(f.target_mean) + row * f.walk.channels + channel);
+  prefetch(static_cast<const A*>(f.target_var) + row * f.walk.channels + channel);
+}
+
 // Whether this block is the last of `blocks` that get here; it then sees what all of them have written to global memory.
 BNFUSE_DEVICE bool is_last_block(int32_t* counter, int32_t blocks, int32_t* shared_flag) {
   __threadfence();

@@ -25,8 +25,10 @@ struct Rows {
   int64_t begin, end;
 };
 
-// The rows of a group. Starts that do not fit x, which the host cannot see, lead nowhere outside of it.
+// The rows of a group. Starts that do not fit x, which the host cannot see, lead nowhere outside of it; a single group is all of
+// it whatever they are, so that nothing waits for them.
 BNFUSE_DEVICE Rows rows_of_group(const Walk& walk, const int64_t* group_starts, int64_t group) {
+  if (walk.groups == 1) return {0, walk.rows};
   const int64_t samples = walk.rows / walk.rows_a_sample;
   int64_t begin = group_starts[group], end = group_starts[group + 1];
   begin = begin < 0 ? 0 : begin > samples ? samples : begin;
@@ -122,9 +124,15 @@ struct PerChannel {
 
   BNFUSE_DEVICE A operator[](int i) const { return values[ACCESS == Access::planes ? 0 : i]; }
 
-  // from [C], or null: 0.
+  // from [C], or null: 0. Eight channels by two accesses: one by one, a block would ask its caches for them for microseconds.
   BNFUSE_DEVICE void load(const Walk& walk, const Columns& columns, const A* from) {
     if (!from) return;
+    if constexpr (ACCESS == Access::rows) {
+      if (reinterpret_cast<uintptr_t>(from + columns.channel) % 16 == 0) {
+        if (columns.left > 0) widen(bnfuse::load<true>(from + columns.channel, VECTOR), values);
+        return;
+      }
+    }
 #pragma unroll
     for (int i = 0; i < int(sizeof(values) / sizeof(A)); ++i) {
       const int64_t channel = channel_of<ACCESS>(walk, columns, i);

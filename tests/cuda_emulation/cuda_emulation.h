@@ -303,6 +303,10 @@ BNFUSE_DEVICE unsigned char* shared_memory() { return emulation::emulator.shared
 
 BNFUSE_DEVICE void wait_for_previous_kernel() {}
 
+BNFUSE_DEVICE void let_next_kernel_start() {}
+
+BNFUSE_DEVICE void prefetch(const void* from) { emulation::check_access(reinterpret_cast<uintptr_t>(from), 4, false); }
+
 template <typename A>
 BNFUSE_DEVICE A load_shared_by_blocks(const A* from) {
   return *from;
