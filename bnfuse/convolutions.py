@@ -86,8 +86,11 @@ class ImageConvolution(FrozenConvolution):
             stride * ((size + 2 * padding - kernel) // stride + reach) - size - padding
             for size, padding, kernel, reach in zip(x.shape[2:], conv.padding, conv.kernel_size, taps)
         )
-        cells = _cells(F.pad(x, (beside, right, above, below, 0, more_channels)), stride)
-        return cells, _weight_in_cells(conv, more_channels).contiguous(memory_format=_memory_format(x))
+        layout = torch.contiguous_format
+        if _is_channels_last(x) or _is_channels_last(conv.weight):  # then torch's own result is
+            layout = torch.channels_last
+        cells = _cells(F.pad(x, (beside, right, above, below, 0, more_channels)), stride, layout)
+        return cells, _weight_in_cells(conv, more_channels).contiguous(memory_format=layout)
 
     def extra_repr(self) -> str:
         stride = self.convolution.stride[0]
@@ -101,10 +104,10 @@ def _more_channels(x: Tensor, stride: int) -> int:
     return -x.shape[1] % max(1, TENSOR_CORE_CHANNELS // stride**2)
 
 
-def _cells(x: Tensor, stride: int) -> Tensor:
-    """x [N, C, H, W] as [N, s·s·C, H/s, W/s], in x's layout on every device."""
+def _cells(x: Tensor, stride: int, layout: torch.memory_format) -> Tensor:
+    """x [N, C, H, W] as [N, s·s·C, H/s, W/s], copied once."""
     n, c, h, w = x.shape
-    if _memory_format(x) == torch.contiguous_format:
+    if layout == torch.contiguous_format:
         split = x.reshape(n, c, h // stride, stride, w // stride, stride)
         return split.permute(0, 3, 5, 1, 2, 4).reshape(n, -1, h // stride, w // stride)
     split = x.permute(0, 2, 3, 1).reshape(n, h // stride, stride, w // stride, stride, c)
@@ -126,8 +129,8 @@ def _taps(conv: nn.Conv2d) -> tuple[int, int]:
     return high, wide
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+def _is_channels_last(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)  # of one channel strides alone tell
 
 
 def _keeps_nothing(x: Tensor) -> bool:

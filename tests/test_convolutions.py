@@ -63,12 +63,14 @@ def test_it_gives_torchs_values_and_gradient(channels, stride, kernel, padding, 
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("of_weight", LAYOUTS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str)
-def test_it_is_as_exact_as_torchs_and_lays_out_as_it_does(dtype, limit, layout):
-    conv, x = make(dtype=dtype), images(2, 3, 33, 40, dtype=dtype, layout=layout)
-    conv = conv.to(memory_format=layout)
-    exact = run(make(), x.detach().double().requires_grad_())
+def test_it_is_as_exact_as_torchs_and_lays_out_as_it_does(dtype, limit, layout, of_weight, channels):
+    conv, x = make(channels, dtype=dtype), images(2, channels, 33, 40, dtype=dtype, layout=layout)
+    conv = conv.to(memory_format=of_weight)
+    exact = run(make(channels), x.detach().double().requires_grad_())
     for actual, torchs, wide in zip(run(ImageConvolution(conv), x), run(conv, x), exact):
         assert actual.dtype == dtype and actual.stride() == torchs.stride()
         assert (actual - wide).norm() <= limit * wide.norm()
