@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 from importlib import metadata
 
@@ -11,6 +12,7 @@ from . import __version__, backends
 from .errors import BnfuseError
 
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "pillow", "scikit-learn", "torchvision", "timm")
+_BUILT_FOR_A_TORCH = ("torchvision", "timm")
 
 
 def report() -> str:
@@ -42,9 +44,16 @@ def report() -> str:
 
 def _version(package: str) -> str:
     try:
-        return metadata.version(package)
+        version = metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+    if package in _BUILT_FOR_A_TORCH:
+        try:
+            importlib.import_module(package)
+        except Exception as error:  # a build for another torch fails in many ways
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            return f"{version}, which cannot be imported beside this torch: {reason}"
+    return version
 
 
 def _gpu() -> str:

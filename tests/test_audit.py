@@ -329,6 +329,19 @@ def test_a_measure_that_lacks_something_is_not_run_and_says_why(monkeypatch, tmp
     assert broken == "It needs no_such_library, which is not installed: pip install 'bnfuse[audit]'."
 
 
+@pytest.mark.parametrize("asked", [["needy"], ["fine", "needy"]], ids=str)
+def test_a_measure_that_lacks_something_and_is_asked_for_by_name_is_refused_before_any_is_made(monkeypatch, tmp_path, asked):
+    made = []
+    modules = {
+        "fine": made_up.module("fine", lambda *_: made.append("fine"), "Fine"),
+        "needy": made_up.module("needy", None, "Needy", {"teacher"}),
+    }
+    made_up.replace_measures(monkeypatch, modules)
+    with pytest.raises(InputError, match=r"measure needy was asked for and cannot be made. It needs the network .*--teacher"):
+        bnfuse.audit(*datasets(), tmp_path / "out", measures=asked)
+    assert not made and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("names", "message"), [(["third"], "measures are first, second; got third"), ([], "got none")])
 def test_an_unknown_measure_is_refused_before_anything_runs(names, message, measures, tmp_path):
     with pytest.raises(InputError, match=message):

@@ -155,6 +155,19 @@ def test_doctor(capsys):
         assert backend.name in text and backend.reason in text
 
 
+def test_doctor_says_what_is_installed_and_cannot_be_imported(monkeypatch, tmp_path, capsys):
+    for name, raised in (("torchvision", "RuntimeError('no such operator\\nand more')"), ("timm", "OSError()")):
+        (tmp_path / f"{name}.py").write_text(f"raise {raised}")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "9.8.7")
+    assert run("doctor") == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if "9.8.7" in line}
+    assert lines["torchvision"].endswith(" 9.8.7, which cannot be imported beside this torch: no such operator")
+    assert lines["timm"].endswith(" 9.8.7, which cannot be imported beside this torch: OSError")
+    assert lines["numpy"].endswith(" 9.8.7")
+
+
 def test_backend_by_environment(monkeypatch):
     assert backends.resolve("auto", "cpu") == "cpp"
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "reference")

@@ -57,6 +57,13 @@ def chosen(names: Sequence[str] | None) -> list[str]:
     return [name for name in MEASURES if name in names]
 
 
+def check_ready(names: Sequence[str], context: Context) -> None:
+    """InputError where one of these, asked for by name, lacks what it needs; among all of them it would be left out."""
+    for name in names:
+        if isinstance(finding := _ready(name, context), Finding):
+            raise InputError(f"the measure {name} was asked for and cannot be made. {finding.sentence}")
+
+
 def carry_out(name: str, context: Context) -> Finding:
     """Runs a measure, unless its finding for the same inputs is there already.
 

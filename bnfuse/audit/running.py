@@ -20,7 +20,7 @@ from ..models import Teacher
 from ..statistics import ClassStatistics
 from .context import NOISE, Context, prepare
 from .findings import Finding
-from .measure import MEASURES, carry_out, chosen, digest, inputs_key, look_up, to_json
+from .measure import MEASURES, carry_out, check_ready, chosen, digest, inputs_key, look_up, to_json
 from .report import render
 from .summary import summarise
 
@@ -90,7 +90,8 @@ def audit(
     out : folder of audit.html, audit_public.html, audit.json, findings/, pictures/ and, of measures that take long, scratch/
     teacher, statistics : what the synthetic images were made with; None leaves out the measures that need them
     budget : "quick" for a first look, "standard", "full"
-    measures : names from `MEASURES`; None means all. Findings of the others that are in `out` already stay in the report.
+    measures : names from `MEASURES`; None means all that can be made of what is given. Findings of the others that are in
+        `out` already stay in the report.
     noise : standard deviation of the noised originals' noise, of pixels in [0, 1]
     device : where networks run; default a GPU where there is one. The teacher is moved there.
     seed : of everything random
@@ -100,7 +101,8 @@ def audit(
     Raises
     ------
     InputError
-        The datasets, the teacher and the statistics do not fit together, see `context.prepare`; an unknown measure or budget;
+        The datasets, the teacher and the statistics do not fit together, see `context.prepare`; an unknown measure or budget; a
+        measure that lacks what it needs, such as a teacher, and was asked for by name;
         another process writes to `out`.
     """
     started = time.monotonic()
@@ -118,6 +120,8 @@ def audit(
         out=out,
         show_progress=progress,
     )
+    if measures is not None:
+        check_ready(names, context)
     context = replace(context, key=inputs_key(context))
     out.mkdir(parents=True, exist_ok=True)
     findings = []
