@@ -42,7 +42,8 @@ def add_audit(commands) -> None:
     flags.add_teacher(parser, required=False)
     parser.add_argument("--statistics", type=Path, metavar="FILE", help="what `bnfuse record` wrote")
     parser.add_argument("--budget", choices=BUDGETS, default="quick", help="how long attacks try (default quick, a first look)")
-    parser.add_argument("--only", choices=MEASURES, nargs="+", metavar="NAME", help=f"of {', '.join(MEASURES)} (default all that what is given allows)")
+    names = ", ".join(MEASURES)
+    parser.add_argument("--only", choices=MEASURES, nargs="+", metavar="NAME", help=f"of {names} (default what can be made)")
     parser.add_argument(
         "--noise",
         type=float,
