@@ -14,6 +14,8 @@ import argparse
 import copy
 import sys
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from statistics import median
 
 import torch
@@ -59,9 +61,10 @@ def describe(layer: nn.Conv2d) -> str:
     return ", ".join(words)
 
 
-def gigaflop(layer: nn.Conv2d, output: Tensor) -> float:
+def gigaflop(layer: nn.Conv2d, shape: tuple[int, ...]) -> float:
     """Of forward and of the way back to the input, a multiplication and an addition each counted."""
-    return 2 * 2 * output.numel() * layer.weight[0].numel() / 1e9
+    outputs = layer(torch.empty(shape, device="meta")).numel()
+    return 2 * 2 * outputs * layer.weight[0].numel() / 1e9
 
 
 def verify(layer: nn.Conv2d, forms: dict[str, nn.Module], x: Tensor, dy: Tensor) -> None:
@@ -81,8 +84,8 @@ def verify(layer: nn.Conv2d, forms: dict[str, nn.Module], x: Tensor, dy: Tensor)
             assert_near(actual, expected, limit, f"{name}: {what}")
 
 
-def time_layer(layer: nn.Conv2d, shape: tuple[int, ...], machine: Machine, dtype: torch.dtype) -> dict:
-    """Seconds forward and back, of every form and setting in which the layer can run."""
+def time_layer(layer: nn.Conv2d, shape: tuple[int, ...], machine: Machine, dtype: torch.dtype) -> dict[str, float]:
+    """Seconds forward and back, of each form in which the layer can run."""
     layer = freeze(layer.to_empty(device=machine.device)).to(dtype=dtype, memory_format=torch.channels_last)
     torch.manual_seed(0)
     nn.init.kaiming_normal_(layer.weight)
@@ -93,14 +96,11 @@ def time_layer(layer: nn.Conv2d, shape: tuple[int, ...], machine: Machine, dtype
     with torch.no_grad():
         dy = torch.randn_like(layer(x))
     verify(layer, forms, x, dy)
-    settings = [False, True] if machine.device.type == "cuda" else [False]
-    times: dict[tuple[str, bool], list[float]] = {(form, tries): [] for form in forms for tries in settings}
+    times: dict[str, list[float]] = {form: [] for form in forms}
     for _ in range(WARM_UP + ROUNDS):
-        for form, tries in times:
-            with torch.backends.cudnn.flags(benchmark=tries, allow_tf32=torch.backends.cudnn.allow_tf32):
-                times[form, tries].append(time_once(forms[form], x, dy, machine))
-    seconds = {f"{form}{', cudnn.benchmark' if tries else ''}": median(t[WARM_UP:]) for (form, tries), t in times.items()}
-    return {"gigaflop": gigaflop(layer, dy), "seconds": seconds}
+        for form, module in forms.items():
+            times[form].append(time_once(module, x, dy, machine))
+    return {form: median(seconds[WARM_UP:]) for form, seconds in times.items()}
 
 
 def time_once(module: nn.Module, x: Tensor, dy: Tensor, machine: Machine) -> float:
@@ -110,6 +110,26 @@ def time_once(module: nn.Module, x: Tensor, dy: Tensor, machine: Machine) -> flo
     taken = machine.clock() - start
     del dx  # freed untimed
     return taken
+
+
+def time_networks(batches: dict[str, int], device: str, dtype: torch.dtype, tries: bool) -> dict[str, list[dict[str, float]]]:
+    """The seconds of all layers of the networks; `tries`: cuDNN its algorithms."""
+    torch.backends.cudnn.benchmark = tries
+    machine = Machine(torch.device(device))
+    layers = {name: convolutions_of(name, batch)[0] for name, batch in batches.items()}
+    return {name: [time_layer(layer, key[0], machine, dtype) for key, layer in of.items()] for name, of in layers.items()}
+
+
+def time_with_both_settings(*given) -> dict[str, list[dict[str, float]]]:
+    """The same on a GPU: once a process has chosen an algorithm it stays with it, so each setting has one of its own."""
+    seconds = {}
+    for tries in (False, True):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            found = process.submit(time_networks, *given, tries).result()
+        for name, layers in found.items():
+            named = [{form + tries * ", cudnn.benchmark": taken for form, taken in layer.items()} for layer in layers]
+            seconds[name] = [{**a, **b} for a, b in zip(seconds.get(name, [{}] * len(named)), named)]
+    return seconds
 
 
 def main() -> None:
@@ -122,25 +142,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch's pool (default 2)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    machine, dtype = Machine(torch.device(arguments.device)), DTYPES[arguments.dtype]
+    device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
+    batches = {name: arguments.batch or NETWORKS[name].step_batch for name in arguments.networks}
+    given = batches, arguments.device, dtype
+    seconds = time_with_both_settings(*given) if device.type == "cuda" else time_networks(*given, False)
     networks = {}
-    for name in arguments.networks:
-        batch = arguments.batch or NETWORKS[name].step_batch
+    for name, batch in batches.items():
         layers, calls = convolutions_of(name, batch)
-        timed = [
-            {"input": list(key[0]), "layer": key[1], "calls": calls[key], **time_layer(layer, key[0], machine, dtype)}
+        described = [
+            {"input": list(key[0]), "layer": key[1], "calls": calls[key], "gigaflop": gigaflop(layer, key[0])}
             for key, layer in layers.items()
         ]
-        networks[name] = {"batch": batch, "layers": timed}
-        print(f"{name}, {batch} images, {arguments.dtype}\n\n{convolutions_table(timed)}\n", flush=True)
+        networks[name] = {"batch": batch, "layers": [a | {"seconds": b} for a, b in zip(described, seconds[name])]}
+        print(f"{name}, {batch} images, {arguments.dtype}\n\n{convolutions_table(networks[name]['layers'])}\n")
     parts = ["convolutions"]
-    parts += [slug(device_name(machine.device))] if arguments.device != "cpu" else []
+    parts += [slug(device_name(device))] if device.type != "cpu" else []
     parts += [arguments.dtype] if arguments.dtype != "float32" else []
     parts += [f"batch{arguments.batch}"] if arguments.batch else []
     command = " ".join(["python benchmarks/convolutions.py", *sys.argv[1:]])
-    settings = {"device": machine.device.type, "dtype": arguments.dtype, "layout": "channels_last"}
+    settings = {"device": device.type, "dtype": arguments.dtype, "layout": "channels_last"}
     figures = {"settings": settings, "summary": {}, "convolutions": networks}
-    print(f"wrote {write_result('_'.join(parts), command, device=machine.device, **figures)}")
+    print(f"wrote {write_result('_'.join(parts), command, device=device, **figures)}")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ BENCHMARKS_SECONDS = 350
 # steps of two networks missing: 127 for the first run, 55 for the second.
 START = 15  # of a run: imports, CUDA, Triton compiling its kernels
 VERIFY_SITE, VERIFY_NETWORK = 0.4, 6  # values, and every contender once; of a network for its step and for its memory
-CONVOLUTIONS = 25  # of two networks: a millisecond or two each, behind a sleep of five
+CONVOLUTIONS = 25  # of one network, in two processes: a millisecond or two each, behind a sleep of five
 COMPILE_SITE, COMPILE_NETWORK = 4, 60  # sites compile side by side; from the cache a site still takes a second or two
 
 
@@ -157,6 +157,15 @@ def test_convolutions_are_timed_in_both_forms_after_they_have_agreed(tmp_path, m
     assert [set(layer["seconds"]) for layer in layers] == [{"as it is", "over cells"}] + [{"as it is"}] * (len(layers) - 1)
     assert all(seconds > 0 for layer in layers for seconds in layer["seconds"].values())
     assert "| 1×3×224×224 | 3 → 64, 7×7, stride 2 | 1 | 0.5 |" in ran.stdout
+
+
+def test_with_both_settings_of_cudnn_each_has_a_process_of_its_own():
+    import convolutions
+
+    found = convolutions.time_with_both_settings({"resnet20": 1}, "cpu", torch.float32)
+    assert list(found) == ["resnet20"] and len(found["resnet20"]) == 6
+    assert all(layer.keys() == {"as it is", "as it is, cudnn.benchmark"} for layer in found["resnet20"])
+    assert not torch.backends.cudnn.benchmark
 
 
 def test_a_wrong_gradient_of_a_convolution_is_not_timed(monkeypatch):
