@@ -50,6 +50,7 @@ gpu:  ## builds the CUDA kernels in place, runs the GPU tests, then the benchmar
 	BNFUSE_RESULTS=$(OUT) $(GPU_BENCH) --dtype bfloat16 --networks resnet50 resnet18 mobilenet_v2 --compile-for resnet50 || failed=1; \
 	BNFUSE_RESULTS=$(OUT) $(GPU_BENCH) --dtype float32 --networks resnet50 resnet18 --compile-for || failed=1; \
 	BNFUSE_RESULTS=$(OUT) $(GPU_PYTHON) benchmarks/convolutions.py --device cuda --dtype bfloat16 --batch 256 --networks resnet18 || failed=1; \
+	$(GPU_PYTHON) benchmarks/step_profile.py --device cuda --dtype bfloat16 --batch 256 --network resnet18 || failed=1; \
 	$(GPU_PYTHON) benchmarks/report.py --gpu $(OUT) --since $$began || failed=1; rm $$began; exit $$failed
 
 bench-demo: install  ## the rate of the demo's synthesis with the compiled kernels over the eager reference, into the README
