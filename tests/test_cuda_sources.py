@@ -1,9 +1,5 @@
-"""What nvcc makes of csrc/cuda: no warnings, and everything in registers. Needs nvcc, neither a GPU nor a torch that has CUDA.
+"""What nvcc makes of csrc/cuda: no warnings, and everything in registers. Needs nvcc, neither a GPU nor a torch that has CUDA."""
 
-Compiles for one architecture; BNFUSE_EVERY_ARCHITECTURE=1 asks for the others too.
-"""
-
-import os
 import re
 import shutil
 import subprocess
@@ -29,8 +25,6 @@ def compile_with_nvcc(source: str, output: Path, *flags) -> str:
 @pytest.mark.parametrize("architecture", [90, 80])
 @pytest.mark.parametrize("source", ["forward.cu", "backward.cu", "loss.cu"])
 def test_kernels_keep_everything_in_registers(source, architecture, tmp_path):
-    if architecture != 90 and not os.environ.get("BNFUSE_EVERY_ARCHITECTURE"):
-        pytest.skip("one architecture is enough for every day; BNFUSE_EVERY_ARCHITECTURE=1 asks for all")
     said = compile_with_nvcc(source, tmp_path / "kernels.cubin", "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v")
     kernels = re.findall(r"Compiling entry function '(\w+)'", said)
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)

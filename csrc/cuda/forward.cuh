@@ -32,7 +32,8 @@ __global__ void __launch_bounds__(FORWARD_PLACES<T, ACCESS, RESIDUAL, KIND>.thre
     forward_kernel(const __grid_constant__ ForwardPass f) {
   using A = Accumulator<T>;
   constexpr bool ALIGNED = ACCESS != Access::elements;
-  constexpr int FLIGHT = VECTORS_IN_FLIGHT<T, RESIDUAL ? 2 : 1>;
+  constexpr int WANTED = VECTORS_IN_FLIGHT<T, RESIDUAL ? 2 : 1>;
+  constexpr int FLIGHT = ACCESS == Access::planes && WANTED > MOST_IN_FLIGHT ? MOST_IN_FLIGHT : WANTED;
   const Walk& walk = f.walk;
   let_next_kernel_start();  // the one that finishes what is begun here
   if (f.counters && blockIdx.x == 0)

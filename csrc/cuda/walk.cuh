@@ -207,6 +207,12 @@ constexpr Places PLACES = places_of(ACCESS == Access::planes, sizeof(T) == 8,
 template <typename T, int TENSORS>
 constexpr int VECTORS_IN_FLIGHT = 64 / (VECTOR * sizeof(T) * TENSORS) < 1 ? 1 : 64 / (VECTOR * sizeof(T) * TENSORS);
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int MOST_IN_FLIGHT = 3;  // in planes: ptxas has no registers for a fourth
+#else
+constexpr int MOST_IN_FLIGHT = 4;
+#endif
+
 // ---- the mask of packed planes, whose bytes are not the vectors' ----
 
 // Calls use(i, byte, position) for each element i of the vector: its byte in the mask's row, and its position in its plane.
