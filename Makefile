@@ -29,7 +29,7 @@ bench-quick: install  ## a part of that, into benchmarks/results/quick.json
 # On a machine with an NVIDIA GPU, nvcc and a torch that has CUDA: builds and installs in place for that torch and that GPU, with
 # nothing to download. GPU_PYTHON=… names the interpreter, OUT=… the folder of the figures (JSON) and of their tables (gpu.md),
 # which show this run alone: of a suite that failed there are none, whatever an earlier run has left in the folder. A test that
-# fails stops nothing, since a GPU may be lent for minutes: it fails the command in the end.
+# fails keeps nothing from being measured; it fails the command in the end.
 # Where pytest-xdist is there, tests run side by side: compiling Triton's kernels takes most of their time. The benchmarks' share
 # of the nine minutes is reckoned in tests/test_timing.py; compiling torch.compile's rivals takes most of it, so there are some
 # of one network.
