@@ -88,7 +88,7 @@ def time_layer(layer: nn.Conv2d, shape: tuple[int, ...], machine: Machine, dtype
     """Seconds forward and back, of each form in which the layer can run."""
     layer = freeze(layer.to_empty(device=machine.device)).to(dtype=dtype, memory_format=torch.channels_last)
     torch.manual_seed(0)
-    nn.init.kaiming_normal_(layer.weight)
+    layer.reset_parameters()
     x = torch.randn(shape, device=machine.device, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
     forms: dict[str, nn.Module] = {"as it is": FrozenConvolution(layer)}
     if gains_by_cells(layer):
