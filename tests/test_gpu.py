@@ -5,6 +5,7 @@ Both GPU backends run every test; expectations are computed on the CPU in float6
 
 import copy
 import dataclasses
+import itertools
 import shutil
 import subprocess
 import sys
@@ -353,8 +354,11 @@ def test_a_frozen_convolution_keeps_and_copies_nothing(kernel, groups):
         assert actual.stride() == expected.stride()
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype, autocast",
+    [(torch.float32, False), *itertools.product((torch.bfloat16, torch.float16), (False, True))],
+    ids=str,
+)
 def test_the_convolution_that_images_enter_gives_torchs_values_and_gradient(dtype, autocast):
     """Over cells of pixels, in 16 bits with channels of zeros; each against float64, and no farther off than torch's own."""
     torch.manual_seed(0)
