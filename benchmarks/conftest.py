@@ -23,7 +23,7 @@ import pytest
 import torch
 from contenders import precompile
 from report import terminal_tables
-from results_file import device_name, slug, write_result
+from results_file import file_name, write_result
 from sites import DTYPES, LAYOUTS, NETWORKS, all_sites, quick_sites
 from summary import SUMMARIES, with_sums
 from timing import OPERATOR_LIMITS, QUICK_STEP_LIMITS, STEP_LIMITS, CudaInstant, Limits, Machine, bandwidth
@@ -70,16 +70,14 @@ class Settings:
         return {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch."), "layout": self.layout}
 
     def file_name(self, suite: str) -> str:
-        """Results of other settings than the default have these in their names, so that nothing is overwritten."""
-        parts = [suite]
-        if self.device.type != "cpu":
-            parts.append(slug(device_name(self.device)))
-        elif self.threads != DEFAULT_THREADS:
-            parts.append(f"threads{self.threads}")
-        parts += [str(self.dtype).removeprefix("torch.")] if self.dtype != torch.float32 else []
-        parts += [self.layout] if self.layout != "contiguous" else []
-        parts += [f"batch{self.batch}"] if self.batch else []
-        return "_".join(parts)
+        return file_name(
+            suite,
+            self.device,
+            f"threads{self.threads}" if self.device.type == "cpu" and self.threads != DEFAULT_THREADS else None,
+            str(self.dtype).removeprefix("torch.") if self.dtype != torch.float32 else None,
+            self.layout if self.layout != "contiguous" else None,
+            f"batch{self.batch}" if self.batch else None,
+        )
 
 
 @dataclass

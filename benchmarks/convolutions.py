@@ -1,6 +1,7 @@
 """Where the rest of a step goes: each convolution of a network forward and back to its input, one after the other.
 
-    python benchmarks/convolutions.py [--networks resnet18 …]       # prints tables, and leaves results/convolutions.json
+    python benchmarks/convolutions.py                               # prints tables, and leaves results/convolutions.json
+    python benchmarks/convolutions.py --networks resnet18           # prints one, and leaves that file as it is
     python benchmarks/convolutions.py --device cuda --batch 256 --dtype bfloat16     # …/convolutions_GPU_bfloat16_batch256.json
 
 No code that deals with BatchNorm makes a step shorter than these. The convolution that images enter is timed as torch has it
@@ -21,7 +22,7 @@ from statistics import median
 import torch
 from contenders import assert_near
 from report import convolutions_table
-from results_file import device_name, slug, write_result
+from results_file import file_name, write_result
 from sites import DTYPES, NETWORKS
 from timing import Machine
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ Key = tuple[tuple[int, ...], str]  # the input's shape, the layer in words
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of a gradient, in norm
 TF32_TOLERANCE = 2e-3
 WARM_UP, ROUNDS = 2, 9
+THREADS = 2
 
 
 def convolutions_of(name: str, batch: int) -> tuple[dict[Key, nn.Conv2d], Counter]:
@@ -100,7 +102,8 @@ def time_layer(layer: nn.Conv2d, shape: tuple[int, ...], machine: Machine, dtype
     for _ in range(WARM_UP + ROUNDS):
         for form, module in forms.items():
             times[form].append(time_once(module, x, dy, machine))
-    return {form: median(seconds[WARM_UP:]) for form, seconds in times.items()}
+    setting = ", cudnn.benchmark" if torch.backends.cudnn.benchmark else ""
+    return {form + setting: median(seconds[WARM_UP:]) for form, seconds in times.items()}
 
 
 def time_once(module: nn.Module, x: Tensor, dy: Tensor, machine: Machine) -> float:
@@ -122,14 +125,12 @@ def time_networks(batches: dict[str, int], device: str, dtype: torch.dtype, trie
 
 def time_with_both_settings(*given) -> dict[str, list[dict[str, float]]]:
     """The same on a GPU: once a process has chosen an algorithm it stays with it, so each setting has one of its own."""
-    seconds = {}
+    found = []
     for tries in (False, True):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            found = process.submit(time_networks, *given, tries).result()
-        for name, layers in found.items():
-            named = [{form + tries * ", cudnn.benchmark": taken for form, taken in layer.items()} for layer in layers]
-            seconds[name] = [{**a, **b} for a, b in zip(seconds.get(name, [{}] * len(named)), named)]
-    return seconds
+            found.append(process.submit(time_networks, *given, tries).result())
+    as_it_is, tried = found
+    return {name: [a | b for a, b in zip(layers, tried[name])] for name, layers in as_it_is.items()}
 
 
 def main() -> None:
@@ -139,7 +140,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of activations and weights (default float32)")
     parser.add_argument("--batch", type=int, help="images (default each network's own, as in test_steps.py)")
-    parser.add_argument("--threads", type=int, default=2, help="of PyTorch's pool (default 2)")
+    parser.add_argument("--threads", type=int, default=THREADS, help=f"of PyTorch's pool (default {THREADS})")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
@@ -155,14 +156,15 @@ def main() -> None:
         ]
         networks[name] = {"batch": batch, "layers": [a | {"seconds": b} for a, b in zip(described, seconds[name])]}
         print(f"{name}, {batch} images, {arguments.dtype}\n\n{convolutions_table(networks[name]['layers'])}\n")
-    parts = ["convolutions"]
-    parts += [slug(device_name(device))] if device.type != "cpu" else []
-    parts += [arguments.dtype] if arguments.dtype != "float32" else []
-    parts += [f"batch{arguments.batch}"] if arguments.batch else []
+    other_dtype = arguments.dtype if dtype != torch.float32 else None
+    file = file_name("convolutions", device, other_dtype, f"batch{arguments.batch}" if arguments.batch else None)
+    if file == "convolutions" and (arguments.networks != names or arguments.threads != THREADS):
+        print(f"not written: {file}.json is of all networks, on {THREADS} threads")
+        return
     command = " ".join(["python benchmarks/convolutions.py", *sys.argv[1:]])
     settings = {"device": device.type, "dtype": arguments.dtype, "layout": "channels_last"}
     figures = {"settings": settings, "summary": {}, "convolutions": networks}
-    print(f"wrote {write_result('_'.join(parts), command, device=device, **figures)}")
+    print(f"wrote {write_result(file, command, device=device, **figures)}")
 
 
 if __name__ == "__main__":

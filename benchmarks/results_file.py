@@ -65,6 +65,12 @@ def measured_before(name: str, *figures: str) -> dict:
     return {figure: result[figure] for figure in figures}
 
 
+def file_name(suite: str, device: torch.device, *settings: str | None) -> str:
+    """The suite, a GPU's name, and the settings that are not the default: so nothing of others is overwritten."""
+    gpu = slug(device_name(device)) if device.type != "cpu" else None
+    return "_".join(filter(None, (suite, gpu, *settings)))
+
+
 def device_name(device: torch.device) -> str:
     """What the figures were measured on, as its maker calls it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
